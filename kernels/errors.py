@@ -1,0 +1,23 @@
+"""The exceptions. They live in the lowest layer that serving installs, so that every layer may raise them.
+
+    LivemomentsError        root: one clear line for the user, exit code 2
+      SourceError           a video source cannot be read, has no video, or died for good
+      BundleError           an engine bundle is missing, damaged or does not fit
+      InputError            a value the user gave is wrong: query, threshold, hop, file, address
+"""
+
+
+class LivemomentsError(Exception):
+    """Root of what this project raises for a user to read. Its text is one line that says what to do."""
+
+
+class SourceError(LivemomentsError):
+    """A video source cannot be opened, carries no video, or died and did not come back."""
+
+
+class BundleError(LivemomentsError):
+    """An engine bundle is missing, damaged, or made for something else."""
+
+
+class InputError(LivemomentsError):
+    """A value given by the user is out of its range or malformed."""
