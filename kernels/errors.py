@@ -1,9 +1,9 @@
 """The exceptions. They live in the lowest layer that serving installs, so that every layer may raise them.
 
-    LivemomentsError        root: one clear line for the user, exit code 2
-      SourceError           a video source cannot be read, has no video, or died for good
-      BundleError           an engine bundle is missing, damaged or does not fit
-      InputError            a value the user gave is wrong: query, threshold, hop, file, address
+LivemomentsError        root: one clear line for the user, exit code 2
+  SourceError           a video source cannot be read, has no video, or died for good
+  BundleError           an engine bundle is missing, damaged or does not fit
+  InputError            a value the user gave is wrong: query, threshold, hop, file, address
 """
 
 

@@ -50,7 +50,7 @@ class Window:
     end_ns: int
     frames: tuple[Frame, ...]  # only those new since the window before; may be empty in a gap
     epoch_ns: int  # UTC at stream time 0, so that wall time = epoch_ns + stream time
-    captured_ns: int  # UTC capture of the newest frame the window holds
+    captured_ns: int  # UTC capture of the frame that completed it: the newest the decision needs
     discontinuity: bool = False  # nothing before this window belongs to the same take
 
 
@@ -69,6 +69,8 @@ class Query:
     id: str  # stable: made from the text alone
     text: str
     pooled: Vector  # (D,) unit norm
+    level: float = 0.0  # mean of its cosine with what the backbone knows: its background
+    spread: float = 1.0  # standard deviation of the same
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Saliency:
     query: str  # query id
     window: int
     score: float  # [0, 1], calibrated: one threshold serves all queries
-    raw: float  # cosine, before calibration
+    raw: float  # similarity before calibration, a cosine in zero-shot
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.score <= 1.0:
@@ -121,5 +123,7 @@ class Event:
     query: Query | None = None  # None for STATUS
     moment: Moment | None = None  # None for STATUS
     threshold: float | None = None  # the one the moment was judged by
-    latency_ns: int | None = None  # capture of the newest frame the decision needed -> emitted
+    latency_ns: int | None = (
+        None  # capture of the newest frame the decision needed (recordings: its reading) -> emitted
+    )
     status: dict[str, Any] | None = None  # STATUS only: {"state": "connected" | "reconnecting" | "ended", ...}

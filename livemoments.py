@@ -1,0 +1,70 @@
+"""The front door: `livemoments COMMAND`. Each command lives in the package it belongs to; this file only finds it."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from kernels.errors import LivemomentsError
+
+
+def _run(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from stream import run
+
+    run.add_arguments(parser)
+    return run.run
+
+
+def _subscribe(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from stream import subscribe
+
+    subscribe.add_arguments(parser)
+    return subscribe.run
+
+
+def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    from bench import cli
+
+    cli.add_arguments(parser)
+    return cli.run
+
+
+COMMANDS = {
+    "run": (_run, "watch one source for text queries and tell the moments as they come"),
+    "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
+    "bench": (_bench, "measure accuracy on recorded videos and latency on a live stream"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Exit code: 0 done, 2 the user's input was wrong (one line says how), 130 interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="livemoments",
+        description="Free-text queries on live video: when a moment starts, when it ends and how strong it is.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        for name, (load, summary) in COMMANDS.items():
+            command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+            # Only the command that runs is imported: `--help` stays instant, and `subscribe` needs no GStreamer.
+            if arguments[:1] == [name]:
+                command.set_defaults(run=load(command))
+        args = parser.parse_args(arguments)
+        exit_code: int = args.run(args)
+    except LivemomentsError as error:
+        print(f"livemoments: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. What is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

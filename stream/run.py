@@ -1,0 +1,217 @@
+"""`livemoments run`: one source to its end, moments as they come."""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Self
+
+from rich.console import Console
+
+from kernels.bundle import EMBEDDED
+from kernels.engine import Engine
+from kernels.errors import InputError
+from stream.detector import make_query
+from stream.events import encode, topic
+from stream.ingest import VideoSource, open_source
+from stream.moments import MomentOptions
+from stream.predictions import Predictions, to_jsonl
+from stream.report import print_event, print_summary, progress_bar
+from stream.session import Session, Step
+from stream.sources import SourceStatus, parse_source
+from stream.types import NS, Event, Kind, Query
+from stream.websocket import Server
+from stream.window import hop_from_seconds
+from stream.zeromq import Publisher
+
+MAX_QUERIES = 1000  # in all; a query costs about a microsecond a window, and some kilobytes
+POLL_S = 0.2  # how soon Ctrl-C, --for and new subscriptions are noticed on a silent source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a file, http(s)://, HLS, rtsp(s)://, rtmp://, srt://, udp:// (MPEG-TS), /dev/videoN, test:[PATTERN], "
+        "or a gst-launch description that ends in raw video",
+    )
+    parser.add_argument(
+        "-q", "--query", action="append", default=[], metavar="TEXT", help="what to wait for; may be repeated"
+    )
+    parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
+    parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
+    parser.add_argument(
+        "--threshold", type=float, default=MomentOptions.threshold, metavar="P", help="score that opens a moment"
+    )
+    parser.add_argument(
+        "--pace",
+        choices=("real", "max"),
+        default="max",
+        help="recordings: as they were filmed, or as fast as it goes (default); the events are the same",
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the stream (default: made from SOURCE)")
+    parser.add_argument("--publish", action="store_true", help="publish on ZeroMQ and WebSocket too")
+    parser.add_argument("--zmq-port", type=int, default=5555, metavar="PORT", help="ZeroMQ PUB (default 5555)")
+    parser.add_argument("--ws-port", type=int, default=8765, metavar="PORT", help="WebSocket (default 8765)")
+    parser.add_argument("--out", metavar="FILE|-", help="write moments and saliency as QVHighlights jsonl")
+    parser.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="stop after this much stream time")
+
+
+class Sockets:
+    """Everything that listens: a ZeroMQ publisher and a WebSocket server, opened and closed together.
+
+    Subscriptions that arrive over WebSocket wait until the session's thread applies them.
+    """
+
+    def __init__(self, zmq_port: int, ws_port: int, engine: Engine, queries: list[Query]) -> None:
+        self._wanted: SimpleQueue[tuple[bool, Query]] = SimpleQueue()
+        self._run_id = uuid.uuid4().hex
+        self._engine = engine
+        self._permanent = {query.id for query in queries}
+        self._running = {query.id: query for query in queries}
+        self._publisher = Publisher(zmq_port)
+        self._server = Server(ws_port, self._subscribe, self._unsubscribe)
+        try:
+            self._server.start()
+        except InputError:
+            self._publisher.close()
+            raise
+
+    @property
+    def ws_port(self) -> int:
+        """Where the WebSocket server listens; it was chosen by the system if 0 was asked for."""
+        return self._server.port
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.close()
+        self._publisher.close()
+
+    def apply(self, session: Session) -> None:
+        """Bring the session's queries up to what the clients want. For the thread that runs the session."""
+        while not self._wanted.empty():
+            watch, query = self._wanted.get()
+            if watch:
+                session.add(query)
+            else:
+                session.remove(query.id)
+
+    def tell(self, event: Event) -> None:
+        """Publish an event. Never blocks."""
+        payload = encode(event, self._run_id)
+        self._publisher.publish(topic(event), payload)
+        self._server.publish(event.stream, event.query.id if event.query else None, payload)
+
+    # Both run in the server's thread: they leave the session alone and only say what is wanted.
+
+    def _subscribe(self, text: str) -> Query:
+        query = make_query(self._engine, text)
+        if query.id not in self._running:
+            if len(self._running) >= MAX_QUERIES:
+                raise InputError(f"{MAX_QUERIES} queries run already: unsubscribe from one first")
+            self._running[query.id] = query
+            self._wanted.put((True, query))
+        return query
+
+    def _unsubscribe(self, query_id: str) -> None:
+        if query_id not in self._permanent and (query := self._running.pop(query_id, None)):
+            self._wanted.put((False, query))
+
+
+def play(video: VideoSource, session: Session, *, until_ns: int | None = None) -> Iterator[Step | None]:
+    """Drive a session with a source until it ends: what each frame led to, or None when none came for a while."""
+    while not video.ended:
+        item = video.read(POLL_S)
+        if isinstance(item, SourceStatus):
+            details = {"reason": item.reason, "retry_s": item.retry_s}
+            session.status(item.state, **{key: value for key, value in details.items() if value is not None})
+        elif item is None:
+            yield None
+        elif until_ns is not None and item.pts_ns >= until_ns:
+            return
+        else:
+            yield session.push(item)
+
+
+def run(args: argparse.Namespace) -> int:
+    options = MomentOptions(threshold=args.threshold)
+    hop_ns = hop_from_seconds(args.hop)
+    until_ns = None if args.seconds is None else int(args.seconds * NS)
+    if not args.query and not args.publish:
+        raise InputError("nothing to wait for: give a -q TEXT, or --publish, so that queries can come by WebSocket")
+    source = parse_source(args.source)
+    if args.out and args.out != "-":
+        _check_writable(Path(args.out))
+    engine = Engine(args.engine)
+    queries = list({query.id: query for query in (make_query(engine, text) for text in args.query)}.values())
+    # Results on stdout leave stderr to the people.
+    console = Console(stderr=args.out == "-", highlight=False)
+
+    with contextlib.ExitStack() as stack:
+        sockets = stack.enter_context(Sockets(args.zmq_port, args.ws_port, engine, queries)) if args.publish else None
+        video = open_source(source, hop_ns=hop_ns, pace=args.pace, name=args.name)
+        stack.callback(video.close)
+        closed = 0
+
+        def tell(event: Event) -> None:
+            nonlocal closed
+            closed += event.kind is Kind.CLOSED
+            print_event(console, event)
+            if sockets:
+                sockets.tell(event)
+
+        session = Session(engine, video.name, hop_ns, options, recorded=not video.live, tell=tell)
+        for query in queries:
+            session.add(query)
+        predictions = Predictions(video.name, queries) if args.out else None
+        started_ns, stream_ns, exit_code = time.monotonic_ns(), 0, 0
+        with progress_bar(console, video) as progress:
+            try:
+                for step in play(video, session, until_ns=until_ns):
+                    if sockets:
+                        sockets.apply(session)
+                    if step is not None:
+                        stream_ns = step.time_ns
+                        progress.update(progress.task_ids[0], completed=stream_ns / NS)
+                        if predictions:
+                            predictions.add(step)
+            except KeyboardInterrupt:
+                exit_code = 130
+        last = session.drain()
+        print_summary(
+            console,
+            video,
+            session.timings,
+            stream_ns=stream_ns,
+            wall_ns=time.monotonic_ns() - started_ns,
+            moments=closed,
+        )
+        if predictions:
+            predictions.add(last)
+            _write(args.out, to_jsonl(predictions.rows(range(1, len(queries) + 1))))
+    return exit_code
+
+
+def _check_writable(path: Path) -> None:
+    """Say so before the work, not after it."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: the folder must exist and be writable, and the name must be a file's")
+
+
+def _write(out: str, text: str) -> None:
+    """All of it or nothing: the file appears when it is whole."""
+    if out == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(out)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        file.write(text)
+    Path(file.name).replace(path)

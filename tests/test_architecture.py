@@ -1,0 +1,64 @@
+"""The house rules that can be checked: imports point left, heavy dependencies stay in their one file."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ("models", "kernels", "stream", "trainer", "bench", "tests")
+ADAPTERS = {
+    "onnxruntime": {"kernels/engine.py"},
+    "zmq": {"stream/zeromq.py"},
+    "websockets": {"stream/websocket.py"},
+    "gi": {"stream/ingest.py", "bench/rtsp_server.py"},
+}
+BUILD_HALF = {"kernels/build.py"}
+
+
+def sources() -> list[Path]:
+    return [path for package in ORDER[:-1] for path in sorted((ROOT / package).glob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: write imports in full"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_left_and_adapters_are_the_only_door(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    allowed = ORDER[: ORDER.index(path.parent.name) + 1]
+    for module in imports(path):
+        top = module.split(".")[0]
+        assert top not in ORDER or top in allowed, f"{name} imports {module}, which lies to its right"
+        assert top not in ADAPTERS or name in ADAPTERS[top], f"{name} imports {module}: use {ADAPTERS[top]}"
+        assert top != "transformers", "transformers is for tests only"
+        if top in ("torch", "models", "onnx"):
+            assert path.parent.name in ("models", "trainer") or name in BUILD_HALF | {"kernels/compress.py"}, name
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_serving_loads_neither_torch_nor_transformers() -> None:
+    """The whole command, on a real stream, in a process of its own."""
+    script = (
+        "import sys; from livemoments import main;"
+        "code = main('run test:ball -q ball --for 2 --publish --zmq-port 0 --ws-port 0'.split());"
+        "heavy = {'torch', 'transformers', 'onnx', 'models'} & set(sys.modules);"
+        "sys.exit(code or (f'loaded {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,111 @@
+"""Bundles: what is refused and how it is said; preprocessing; texts that do not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kernels.bundle import EMBEDDED, load_manifest
+from kernels.engine import Engine
+from kernels.errors import BundleError, InputError
+from kernels.preprocess import crop
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
+
+
+def edit(bundle: Path, **fields: object) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | fields))
+
+
+def truncate(bundle: Path) -> None:
+    path = bundle / "image.onnx"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def forge(bundle: Path) -> None:
+    """A file that is not a model, with a manifest that vouches for it."""
+    from kernels.bundle import describe_files
+
+    (bundle / "image.onnx").write_bytes(b"not a model")
+    edit(bundle, files=describe_files(bundle))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: shutil.rmtree(b), "there is no such folder"),
+        (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda b: (b / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda b: (b / "manifest.json").write_text("[]"), "format None"),
+        (lambda b: edit(b, format=99), "format 99, this version reads 1"),
+        (lambda b: edit(b, surprise=1), "surprise"),
+        (lambda b: (b / "text.onnx").unlink(), "text.onnx is missing"),
+        (truncate, "image.onnx does not match its hash"),
+        (forge, "cannot be loaded"),
+        (lambda b: edit(b, target="tensorrt"), "built for tensorrt"),
+    ],
+)
+def test_a_damaged_bundle_is_refused_in_one_line(bundle: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(bundle)
+    with pytest.raises(BundleError, match=message) as caught:
+        Engine(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_intact_copy_loads(bundle: Path) -> None:
+    assert load_manifest(bundle).model == "lite"
+
+
+def test_a_batch_gives_what_single_calls_give(engine: Engine) -> None:
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (90, 160, 3), dtype=np.uint8), rng.integers(0, 256, (240, 200, 3), dtype=np.uint8)]
+    batch = engine.embed_frames(frames)
+    singles = np.concatenate([engine.embed_frames([frame]) for frame in frames])
+    np.testing.assert_allclose(batch, singles, atol=1e-5)
+    texts = ["a dog", "a very long sentence about a dog that runs along a beach with a stick"]
+    together, apart = engine.embed_texts(texts), [engine.embed_texts([t]) for t in texts]
+    for name in ("pooled", "level", "spread"):
+        expected = np.concatenate([getattr(text, name) for text in apart])
+        np.testing.assert_allclose(getattr(together, name), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_an_empty_query_is_refused(engine: Engine, text: str) -> None:
+    with pytest.raises(InputError, match="query is empty"):
+        engine.embed_texts([text])
+
+
+def test_an_overlong_query_is_refused_and_never_cut(engine: Engine) -> None:
+    fits = " ".join(["dog"] * (engine.manifest.max_tokens - 2))
+    assert engine.embed_texts([fits]).pooled.shape == (1, engine.manifest.width)
+    with pytest.raises(InputError, match=r"129 tokens long, this engine takes 128"):
+        engine.embed_texts([fits + " dog"])
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (320, 241), (224, 400), (300, 300), (64, 48)])
+def test_the_crop_is_the_resize_and_centre_crop_of_the_model(size: tuple[int, int]) -> None:
+    """Against the two steps done one after the other, on a smooth picture: they round the scaled size differently."""
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    waves = np.stack([np.sin(x / width * 9), np.cos(y / height * 7), np.sin((x / width + y / height) * 5)], axis=-1)
+    pixels = ((waves + 1) * 127).astype(np.uint8)
+    scale = 256 / min(size)
+    scaled = Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - 224) // 2, (scaled.height - 224) // 2
+    expected = np.asarray(scaled.crop((left, top, left + 224, top + 224))).astype(int)
+    got = crop(pixels, resize=256, size=224)
+    assert got.shape == (224, 224, 3) and got.dtype == np.uint8
+    assert np.abs(got.astype(int) - expected).mean() < 1.5

@@ -1,0 +1,251 @@
+"""Plans and videos of splices, from clips and photos made on the spot."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench.render import IDLE, Kind, Segment, render
+from bench.splices import Library, load, main, plan, truths, write
+from kernels.errors import InputError
+from trainer.metrics import Truth, inside, read_jsonl
+
+SMALL = (64, 36)
+
+
+def make_clip(path: Path, levels: list[int], fps: int = 10, size: tuple[int, int] = SMALL) -> None:
+    """One frame per grey level."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "1"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for level in levels:
+            pixels = np.full((size[1], size[0], 3), level, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def greys(path: Path) -> list[float]:
+    """The mean of every frame."""
+    with av.open(str(path)) as container:
+        return [float(frame.to_ndarray(format="gray").mean()) for frame in container.decode(video=0)]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Three clips (one of them excluded by default), 40 photos of 2 captions, 10 class names; clips are white."""
+    clips, photos = tmp_path / "clips", tmp_path / "photos"
+    for folder in (clips, photos / "flickr", photos / "imagenet"):
+        folder.mkdir(parents=True)
+    names = ("one", "two", "car-detection")
+    rows = [f'{name},"a thing, {name}",somewhere,MIT' for name in names]
+    (clips / "captions.csv").write_text("\n".join(["clip,caption,source,licence", *rows, ""]))
+    for name in names:
+        make_clip(clips / f"{name}.mp4", [255] * 5)
+    lines = ["image,caption"]
+    for number in range(40):
+        Image.new("RGB", (32, 24), (0, 0, 2 * number)).save(photos / "flickr" / f"{number}.jpg")
+        lines += [f"{number}.jpg,Photo {number} .", f"{number}.jpg,{number} again ."]
+    (photos / "flickr" / "captions.csv").write_text("\n".join(lines))
+    for number in range(10):
+        name = ("ant", "big_bird")[number % 2]
+        Image.new("RGB", (24, 32)).save(photos / "imagenet" / f"n{number}_{name}.jpg")
+    return clips, photos
+
+
+@pytest.fixture
+def library(folders: tuple[Path, Path]) -> Library:
+    return load(*folders)
+
+
+def test_the_library_leaves_out_what_is_scored_by_itself(folders: tuple[Path, Path]) -> None:
+    library = load(*folders)
+    assert [item.texts for item in library.clips] == [("a thing, one",), ("a thing, two",)]
+    assert library.captioned[3].texts == ("Photo 3", "3 again")
+    assert {item.texts for item in library.named} == {("an ant",), ("a big bird",)}
+    assert len(load(*folders, exclude=()).clips) == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("streams", "seconds"), [(1, 60), (2, 330), (1, 700)])
+def test_every_plan_keeps_its_promises(library: Library, seed: int, streams: int, seconds: int) -> None:
+    fps = 12
+    splices = plan(library, streams=streams, seconds=seconds, seed=seed, fps=fps)
+    assert len(splices) == streams
+    queried = [asked.item.path for splice in splices for asked in splice.asked if asked.item.kind is Kind.PHOTO]
+    assert len(queried) == len(set(queried)), "a photo is asked for once"
+    for splice in splices:
+        assert splice.frames == seconds * fps
+        assert len(splice.asked) == len({asked.item.path for asked in splice.asked}) == seconds // 30
+        assert any(asked.item.kind is Kind.CLIP for asked in splice.asked)
+        assert all(asked.query in asked.item.texts for asked in splice.asked)
+
+        starts = np.cumsum([0, *(segment.frames for segment in splice.segments)]).tolist()
+        shown = list(zip(splice.segments, pairwise(starts), strict=True))
+        for asked in splice.asked:
+            on_screen = [times for segment, times in shown if segment.path == asked.item.path]
+            assert on_screen == list(asked.windows) and len(on_screen) == 2
+            assert all(8 * fps <= end - start <= 20 * fps for start, end in on_screen)
+        others = [s for s in splice.segments if s.path not in {asked.item.path for asked in splice.asked}]
+        assert others and all(3 * fps <= segment.frames <= 10 * fps for segment in others)
+        assert not {segment.path for segment in others} & set(queried)
+        order = [segment.path for segment in splice.segments if segment not in others]
+        assert all(a != b for a, b in pairwise(order)), "nothing follows itself, not even after a filler"
+        assert order[: len(order) // 2] != order[len(order) // 2 :] or len(order) == 4
+    starts = [start for splice in splices for asked in splice.asked for start, _ in asked.windows]
+    assert any(start % fps for start in starts), "boundaries fall between whole seconds too"
+
+
+def test_the_same_seed_gives_the_same_plan_and_another_another(library: Library) -> None:
+    assert plan(library, streams=2, seed=3) == plan(library, streams=2, seed=3)
+    assert plan(library, streams=2, seed=3) != plan(library, streams=2, seed=4)
+
+
+@pytest.mark.shared
+def test_the_default_plan_is_what_the_accuracy_target_asks_for(shared_data: Path) -> None:
+    """50 queries or more, 40 of them captions, in streams of five minutes with moving clips; a prior up to 0.1."""
+    splices = plan(load(shared_data / "clips", shared_data / "photos"))
+    lines = truths(splices)
+    assert len(lines) >= 50 and sum(not line["source"].startswith("imagenet/") for line in lines) >= 40
+    assert all(line["duration"] >= 300 for line in lines)
+    assert {line["vid"] for line in lines if line["source"].startswith("clips/")} == {s.vid for s in splices}
+    assert np.mean([sum(e - s for s, e in line["relevant_windows"]) / line["duration"] for line in lines]) <= 0.1
+    assert not [line for line in lines if "car-detection" in line["source"] or "one-by-one" in line["source"]]
+
+
+def test_the_lines_are_the_evaluators(library: Library, tmp_path: Path) -> None:
+    lines = truths(plan(library, streams=2))
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for truth, line in zip(read_jsonl(path, Truth), lines, strict=True):
+        fine = inside(np.arange(0, truth.duration, 0.01) + 0.005, truth.windows)
+        half = fine.reshape(-1, 200).mean(axis=1)  # of each 2 s clip
+        clear = abs(half - 0.5) > 0.005
+        assert ((truth.saliency[:, 0] == 4) == (half >= 0.5))[clear].all()
+        assert len(line["relevant_clip_ids"]) == len(line["saliency_scores"])
+
+
+def test_the_video_shows_what_the_lines_say(library: Library, tmp_path: Path) -> None:
+    """Only clips are white, so a bright frame lies in the windows of a clip's query and nowhere else."""
+    (splice,) = plan(library, streams=1, seconds=90, fps=4)
+    path = tmp_path / "s.mp4"
+    render(splice.segments, path, SMALL, splice.fps)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.width, stream.height) == ("h264", *SMALL)
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx((np.arange(90 * 4) / 4).tolist())
+    windows = [w for line in truths([splice]) if line["source"].startswith("clips/") for w in line["relevant_windows"]]
+    assert windows
+    bright = np.array(greys(path)) > 225  # rooms end at 215
+    assert bright.tolist() == inside(np.array(times) + 0.01, windows).tolist()
+
+
+def test_a_clip_plays_at_its_own_speed_and_over_again(tmp_path: Path) -> None:
+    """10 frames a second, sampled at 5: every other level, then from the beginning."""
+    make_clip(tmp_path / "ramp.mp4", list(range(20, 220, 20)))
+    render([Segment(Kind.CLIP, 12, tmp_path / "ramp.mp4")], tmp_path / "out.mp4", SMALL, 5)
+    levels = greys(tmp_path / "out.mp4")
+    assert levels == pytest.approx([20, 60, 100, 140, 180, 20, 60, 100, 140, 180, 20, 60], abs=8)
+
+
+@pytest.mark.parametrize(("size", "bars"), [((300, 200), ""), ((320, 240), "sides"), ((200, 300), "sides")])
+def test_a_photo_fills_the_frame_unless_that_hides_much_of_it(tmp_path: Path, size: tuple[int, int], bars: str) -> None:
+    Image.new("RGB", size, (200, 200, 200)).save(tmp_path / "p.png")
+    render([Segment(Kind.PHOTO, 3, tmp_path / "p.png", seed=1)], tmp_path / "out.mp4", (128, 72), 5)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="gray")
+    assert frame[36, 64] > 180
+    assert (frame[36, 2] < 30) == (bars == "sides")
+    assert frame[2, 64] > 180
+
+
+def test_a_photo_moves_a_little_with_every_frame(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(240, dtype=np.uint8), (135, 1))
+    Image.fromarray(ramp).save(tmp_path / "p.png")
+    render([Segment(Kind.PHOTO, 20, tmp_path / "p.png", seed=2)], tmp_path / "out.mp4", (240, 136), 5)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frames = [frame.to_ndarray(format="gray").astype(int) for frame in container.decode(video=0)]
+    steps = [float(abs(b - a).mean()) for a, b in pairwise(frames)]
+    assert np.mean(steps) > 0.01 and max(steps) < 3
+    assert abs(frames[-1] - frames[0]).mean() > 2
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_idle_stretches_depend_on_the_seed_alone(tmp_path: Path, kind: Kind) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        render([Segment(kind, 3, seed=seed)], tmp_path / f"{name}.mp4", SMALL, 5)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "c.mp4").read_bytes()
+
+
+def test_segments_are_checked() -> None:
+    with pytest.raises(ValueError, match="at least one frame"):
+        Segment(Kind.GREY, 0)
+    with pytest.raises(ValueError, match="have a path"):
+        Segment(Kind.PHOTO, 3)
+
+
+def test_the_command_writes_videos_and_lines(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    clips, photos = map(str, folders)
+    out = tmp_path / "out"
+    assert main(["--clips", clips, "--photos", photos, "--out", str(out), "--streams", "1", "--seconds", "60"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["splice_00.mp4", "splices.jsonl"]
+    assert [truth.vid for truth in read_jsonl(out / "splices.jsonl", Truth)] == ["splice_00"] * 2
+
+
+def test_a_failed_run_leaves_no_lines_and_no_half_video(library: Library, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    splices = plan(library, streams=1, seconds=60, fps=1)
+    write(splices, out)
+    for item in library.captioned + library.clips:
+        item.path.write_bytes(b"not a picture")
+    with pytest.raises(InputError, match="cannot be read"):
+        write(splices, out)
+    assert [path.name for path in out.iterdir()] == ["splice_00.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("a,b\n1,2\n", "must name the columns clip and caption"),
+        ("clip,caption\none\n", "captions.csv:2: expected clip,caption"),
+        ("clip,caption\none,a,b\n", "captions.csv:2: expected clip,caption"),
+        ('clip,caption\none,"a\n', "captions.csv: not a table"),
+        ("clip,caption\nthree,a\n", "captions.csv:2: three.mp4 is not in the folder"),
+        ("clip,caption\n", "no clips to splice"),
+        (None, "captions.csv: No such file"),
+        ("no flickr", "flickr: no such folder"),
+        ("no names", "not enough photos"),
+    ],
+)
+def test_bad_folders_get_one_clear_line(
+    folders: tuple[Path, Path], table: str | None, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if table is None:
+        (folders[0] / "captions.csv").unlink()
+    elif table == "no flickr":
+        (folders[1] / "flickr").rename(folders[1] / "elsewhere")
+    elif table == "no names":
+        for path in (folders[1] / "imagenet").iterdir():
+            path.unlink()
+    else:
+        (folders[0] / "captions.csv").write_text(table)
+    clips, photos = map(str, folders)
+    assert main(["--clips", clips, "--photos", photos, "--out", str(tmp_path / "out"), "--streams", "1"]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [["--streams", "0"], ["--seconds", "59"], ["--streams", "9"]])
+def test_bad_numbers_get_one_clear_line(
+    folders: tuple[Path, Path], option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips, photos = map(str, folders)
+    assert main(["--clips", clips, "--photos", photos, "--out", str(tmp_path / "out"), *option]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
