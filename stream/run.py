@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -88,6 +89,10 @@ class Sockets:
         """Where the WebSocket server listens; it was chosen by the system if 0 was asked for."""
         return self._server.port
 
+    @property
+    def zmq_address(self) -> str:
+        return self._publisher.address
+
     def __enter__(self) -> Self:
         return self
 
@@ -144,6 +149,8 @@ def play(video: VideoSource, session: Session, *, until_ns: int | None = None) -
 def run(args: argparse.Namespace) -> int:
     options = MomentOptions(threshold=args.threshold)
     hop_ns = hop_from_seconds(args.hop)
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise InputError(f"--for must be a number of seconds above 0, got {args.seconds:g}")
     until_ns = None if args.seconds is None else int(args.seconds * NS)
     if not args.query and not args.publish:
         raise InputError("nothing to wait for: give a -q TEXT, or --publish, so that queries can come by WebSocket")

@@ -73,6 +73,11 @@ class Session:
         self._window: Window | None = None  # the newest
         self._pushed_ns = 0  # time.monotonic_ns() of the newest frame's arrival here
 
+    @property
+    def queries(self) -> list[Query]:
+        """What is watched for, in the order in which it was added."""
+        return list(self._queries.values())
+
     def add(self, query: Query) -> None:
         """Watch for a query from the next window on. One that is watched already stays as it is."""
         if query.id not in self._queries:
@@ -113,7 +118,7 @@ class Session:
             kind=Kind.STATUS,
             stream=self.stream,
             seq=self._sequencer.next(self.stream, None),
-            epoch_ns=self._window.epoch_ns if self._window else time.time_ns(),
+            epoch_ns=self._window.epoch_ns if self._window else 0,
             emitted_ns=time.time_ns(),
             status={"state": state, **details},
         )

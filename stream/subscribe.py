@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shows events until --for is over (0), Ctrl-C (130) or the reader of stdout goes away (0).
+    """Shows events until --for is over, Ctrl-C, or the reader of stdout goes away.
 
     Raises InputError if nothing answers at the address to begin with, or the server refuses a query. A server that
     goes away later is waited for.
@@ -63,18 +62,12 @@ def run(args: argparse.Namespace) -> int:
     if args.seconds is not None and not 0 < args.seconds < math.inf:
         raise InputError(f"--for must be a number of seconds above 0, got {args.seconds:g}")
     deadline = math.inf if args.seconds is None else time.monotonic() + args.seconds
-    try:
-        items = listen(args.url, args.query, args.stream)
-        with contextlib.closing(items), _output(args.json) as show:
-            for item in items:
-                show(item)
-                if time.monotonic() >= deadline:
-                    break
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # `subscribe | head` is over. Python would complain when it flushes stdout on exit: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    items = listen(args.url, args.query, args.stream)
+    with contextlib.closing(items), _output(args.json) as show:
+        for item in items:
+            show(item)
+            if time.monotonic() >= deadline:
+                break
     return 0
 
 
@@ -114,7 +107,8 @@ def _connect(url: str, queries: list[str], stream: str | None) -> Iterator[Calla
     # Imported here, so that either transport works where the other's library is missing.
     match url.partition("://")[0]:
         case "ws" | "wss":
-            from stream.websocket import ANY, Client
+            from stream.switchboard import ANY
+            from stream.websocket import Client
 
             with Client(url) as client:
                 for query in queries or [ANY]:

@@ -118,7 +118,7 @@ class Event:
     kind: Kind
     stream: str
     seq: int  # 1, 2, 3 ... per (stream, query); status events of a stream count on their own
-    epoch_ns: int  # UTC at stream time 0
+    epoch_ns: int  # UTC at stream time 0; 0 as long as no window has told
     emitted_ns: int  # UTC
     query: Query | None = None  # None for STATUS
     moment: Moment | None = None  # None for STATUS

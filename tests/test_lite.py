@@ -44,7 +44,7 @@ def test_efficientnet_equals_the_published_one() -> None:
 
     ours = EfficientNetLite0()
     ours.load_published(LITE0)
-    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(LITE0)).train(False)
+    theirs = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(LITE0)).train(mode=False)
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(pixels), theirs(pixels), rtol=1e-5, atol=1e-5)
@@ -53,7 +53,7 @@ def test_efficientnet_equals_the_published_one() -> None:
 def test_minilm_equals_transformers_whatever_the_padding(text_tower: TextTower, tokenizer: Tokenizer) -> None:
     from transformers import BertModel
 
-    theirs = BertModel.from_pretrained(MINILM, attn_implementation="eager").eval()
+    theirs = BertModel.from_pretrained(MINILM, attn_implementation="eager").train(mode=False)
     tokens, mask = build.tokenise(tokenizer, TEXTS)
     with torch.no_grad():
         hidden = theirs(input_ids=tokens, attention_mask=mask).last_hidden_state

@@ -14,10 +14,11 @@ import websockets.exceptions
 from websockets.sync.client import ClientConnection, connect
 
 from kernels.errors import InputError
-from stream import websocket
+from stream import switchboard, websocket
 from stream.events import LOST_TYPE, GapCounter, encode, topic
+from stream.switchboard import MAX_SUBSCRIPTIONS, Outbox, Peer, Switchboard
 from stream.types import Event, Query
-from stream.websocket import MAX_MESSAGE_BYTES, MAX_SUBSCRIPTIONS, Client, Outbox, Peer, Server, Switchboard
+from stream.websocket import MAX_MESSAGE_BYTES, Client, Server
 from stream.zeromq import HIGH_WATER, Publisher, Subscriber
 from tests.test_events import DOG, event, query, status
 
@@ -352,7 +353,7 @@ def test_a_client_that_stops_reading_slows_nobody_and_learns_what_it_lost(server
                 publish(server, event(seq))
             assert all(arrived.acquire(timeout=WAIT_S) for _ in range(burst)), "the fast client is held up"
             slowest_s = max(slowest_s, time.monotonic() - started)
-            assert max(len(peer.outbox) for peer in server._board.peers) <= websocket.QUEUE_LIMIT
+            assert max(len(peer.outbox) for peer in server._board.peers) <= switchboard.QUEUE_LIMIT
         reader.join(WAIT_S)
     assert received == list(range(1, total + 1))
     assert slowest_s < 2.0

