@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Free-text queries on live video: when a moment starts, when it ends and how strong it is.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: open moments close
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         for name, (load, summary) in COMMANDS.items():

@@ -29,8 +29,9 @@ from kernels.errors import InputError
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
+from stream.publish import Sockets
 from stream.report import percentiles
-from stream.run import Sockets, play
+from stream.run import play
 from stream.session import Session, Timings
 from stream.sources import parse_source
 from stream.types import NS

@@ -1,57 +1,27 @@
-"""Video sources through GStreamer: files, network streams, cameras and raw descriptions in, `Frame` out.
+"""Video sources: files, network streams, cameras and raw descriptions in, `Frame` out, whatever happens on the way.
 
-The only file that imports gi. Passive: no threads of its own; GStreamer decodes in its threads, `read` collects.
-
-    uridecodebin | description -> clocksync -> [probe] -> queue -> videoconvert -> videoflip -> RGB -> appsink
-
-The probe sees every decoded frame, gives it its time and lets through only those that will be looked at, so the
-rest are neither converted nor copied. Audio is never decoded. Which decoder runs is GStreamer's own choice by rank
-(va, nv, v4l2 before libav); queue and converter take system memory only, so a hardware decoder negotiates to
-download. Raise or lower a decoder with GST_PLUGIN_FEATURE_RANK.
+Passive: no threads of its own; GStreamer decodes in its threads, `read` collects. What GStreamer does is in
+`stream/pipeline.py`; here a source gets its time, loses frames by rule, dies and comes back.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
 from kernels.errors import SourceError
 from stream.clock import Sampler, StreamClock
-from stream.sources import NO_VIDEO, Source, SourceKind, SourceStatus, cannot_open, explain, one_line
-from stream.types import NS, WINDOW_NS, Frame, Pixels
+from stream.pipeline import Pipeline, pixels, require_plugins
+from stream.sources import Source, SourceKind, SourceStatus, cannot_open
+from stream.types import NS, WINDOW_NS, Frame
 
-_PACKAGES = (
-    "python3-gi gir1.2-gst-plugins-base-1.0 gstreamer1.0-plugins-base gstreamer1.0-plugins-good "
-    "gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly gstreamer1.0-libav"
-)
-try:
-    import gi
-
-    for _namespace in ("Gst", "GstApp", "GstVideo"):
-        gi.require_version(_namespace, "1.0")
-    from gi.repository import GLib, Gst, GstApp, GstVideo  # noqa: F401 - GstApp gives the appsink its methods
-except (ImportError, ValueError) as error:
-    raise SourceError(f"GStreamer is missing for Python ({error}): apt install {_PACKAGES}") from error
-
-# `lm_decoded` is where decoders and descriptions end: anything but raw video does not link.
-_TAIL = (
-    "capsfilter name=lm_decoded caps=video/x-raw(ANY) ! clocksync name=lm_pacer sync=false "
-    "! queue name=lm_queue max-size-buffers=2 max-size-bytes=0 max-size-time=0 "
-    "! videoconvert ! videoflip video-direction=auto ! capsfilter caps=video/x-raw,format=RGB "
-    "! appsink name=lm_sink sync=false max-buffers=1 drop=false enable-last-sample=false"
-)
-_ELEMENTS = ("uridecodebin", "clocksync", "queue", "videoconvert", "videoflip", "appsink")
 _POLL_S = 0.05  # how late an error may be noticed; frames wake `read` at once
 _DRAIN_NS = NS // 2  # after an error, decoders that stay silent for so long have given all they had
 _IN_FLIGHT = 256  # entries kept for frames on their way; far more than queue and sink can hold
 _HEALTHY_NS = 10 * NS
 _BACKOFF_S = (0.5, 30.0)
-_NTP_TO_UNIX_NS = 2_208_988_800 * NS
-_PLAUSIBLE_NS = 5 * NS  # between a capture time and now; beyond, somebody's clock is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +46,7 @@ def open_source(
 ) -> "VideoSource":
     """Connect to `source` and wait for its first picture.
 
-    hop_ns: take the first frame of each slot of this length; None takes all.
+    hop_ns: take one frame per hop, see `clock.Sampler`; None takes all.
     pace: how fast a recording runs; live sources keep their own pace.
     name: stream name of the frames; None takes `source.name`.
     stall_s: a live source silent for so long is reconnected; the first connection may take twice that.
@@ -84,10 +54,7 @@ def open_source(
     Raises:
         SourceError: GStreamer or a plugin is missing, or the source cannot be opened or has no video.
     """
-    if not Gst.is_initialized():
-        Gst.init(None)
-    if missing := [element for element in _ELEMENTS if Gst.ElementFactory.find(element) is None]:
-        raise SourceError(f"GStreamer lacks {', '.join(missing)}: apt install {_PACKAGES}")
+    require_plugins()
     return VideoSource(source, hop_ns, pace, name or source.name, stall_s)
 
 
@@ -128,9 +95,9 @@ class VideoSource:
         self._retry_ns = 0  # while there is no pipeline: monotonic time of the next try
         self._last_ns = time.monotonic_ns()  # when the last frame was decoded, or the pipeline started
         self._time_ns = 0  # stream time of the last frame decoded
-        self._pipeline: _Pipeline | None = None
+        self._pipeline: Pipeline | None = None
         self._connected_ns: int | None = None  # None until the present pipeline gave its first frame
-        pipeline = _Pipeline(source)
+        pipeline = Pipeline(source)
         try:
             self._first_picture(pipeline)
             self.live = pipeline.is_live()
@@ -189,12 +156,12 @@ class VideoSource:
 
     # -- opening
 
-    def _first_picture(self, pipeline: "_Pipeline") -> None:
+    def _first_picture(self, pipeline: Pipeline) -> None:
         """Wait until a frame stands at the gate."""
         pipeline.start(self._decoded)
         deadline_ns = time.monotonic_ns() + 2 * self._stall_ns
         while not pipeline.first.wait(_POLL_S):
-            at_end = pipeline.sink.is_eos()  # before the bus: a source that fails says why, then ends
+            at_end = pipeline.at_end()  # before the bus: a source that fails says why, then ends
             if (problem := pipeline.problem()) is None and at_end:
                 problem = "it ended before its first picture"
             elif problem is None and time.monotonic_ns() > deadline_ns:
@@ -202,7 +169,7 @@ class VideoSource:
             if problem is not None:
                 raise SourceError(cannot_open(self._source, problem))
 
-    def _connect(self, pipeline: "_Pipeline") -> None:
+    def _connect(self, pipeline: Pipeline) -> None:
         """The first frame is there: let it and all others flow."""
         if pipeline.fault is not None:
             raise pipeline.fault
@@ -216,7 +183,7 @@ class VideoSource:
         wait_ns = self._retry_ns - time.monotonic_ns()
         if self._closed.wait(max(min(wait_ns, left_ns), 0) / NS) or wait_ns > left_ns:
             return
-        pipeline = _Pipeline(self._source)
+        pipeline = Pipeline(self._source)
         with self._switch:
             if self._closed.is_set():
                 return
@@ -227,7 +194,7 @@ class VideoSource:
 
     # -- in GStreamer's streaming thread
 
-    def _decoded(self, pipeline: "_Pipeline", buffer: Any, running_ns: int) -> bool:
+    def _decoded(self, pipeline: Pipeline, buffer: Any, running_ns: int) -> bool:
         """Give a decoded frame its time; whether it will be looked at."""
         arrival_ns = time.monotonic_ns()
         tick = self._clock.tick(running_ns, arrival_ns)
@@ -247,9 +214,9 @@ class VideoSource:
 
     # -- in the reader's thread
 
-    def _collect(self, pipeline: "_Pipeline", timeout_ns: int) -> Frame | None:
+    def _collect(self, pipeline: Pipeline, timeout_ns: int) -> Frame | None:
         pipeline.problem()  # keeps the bus empty when there are always frames to collect
-        sample = pipeline.sink.try_pull_sample(timeout_ns)
+        sample = pipeline.pull(timeout_ns)
         if sample is None:
             return None
         pts = sample.get_buffer().pts
@@ -260,7 +227,7 @@ class VideoSource:
                 self._lose_oldest()
             entry = self._flight.popleft()
         when = entry.time_ns, entry.arrival_ns, entry.wall_ns
-        return Frame(self.name, entry.index, *when, _pixels(sample), entry.discontinuity)
+        return Frame(self.name, entry.index, *when, pixels(sample), entry.discontinuity)
 
     def _lose_oldest(self) -> None:
         lost = self._flight.popleft()
@@ -268,11 +235,11 @@ class VideoSource:
         if lost.discontinuity and self._flight:  # the break must not get lost with the frame that told it
             self._flight[0] = replace(self._flight[0], discontinuity=True)
 
-    def _check(self, pipeline: "_Pipeline") -> None:
+    def _check(self, pipeline: Pipeline) -> None:
         """Nothing to collect: is it over?"""
         if pipeline.fault is not None:
             raise pipeline.fault
-        at_end = pipeline.sink.is_eos()  # before the bus: a source that fails says why, then ends
+        at_end = pipeline.at_end()  # before the bus: a source that fails says why, then ends
         problem = pipeline.problem()
         silent_ns = time.monotonic_ns() - self._last_ns
         patience_ns = self._stall_ns * (2 if self._connected_ns is None else 1)
@@ -310,187 +277,3 @@ class VideoSource:
         self._retry_ns = time.monotonic_ns() + int(wait_s * NS)
         self._connected_ns = None
         self._news.append(SourceStatus("reconnecting", reason, wait_s))
-
-
-class _Pipeline:
-    """One GStreamer pipeline from start to stop; a reconnect makes another.
-
-    The first decoded frame waits at a gate until `release`: how frames are queued depends on whether the source is
-    live, and some sources show that no earlier. `fault` is what went wrong in a streaming thread, where nobody could
-    catch it.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.first = threading.Event()  # a frame stands at the gate, or `fault` is set
-        self.fault: Exception | None = None
-        self.adaptive = False  # HLS or DASH: segments come in bursts, so the pacer must spread them
-        self._source = source
-        self._gate = threading.Event()
-        self._stopped = False
-        self._no_preroll = False  # GStreamer's word for live
-        self._no_video = False
-        self._problem: str | None = None
-        self._demuxer: Any = None  # the last one plugged in
-        self._on_decoded: Callable[[_Pipeline, Any, int], bool]
-        self._segment = Gst.Segment.new()
-        self._ntp = Gst.Caps.from_string("timestamp/x-ntp")
-        described = source.kind in (SourceKind.TEST, SourceKind.LAUNCH)
-        try:
-            self._bin = Gst.parse_launch(f"{source.locator} ! {_TAIL}" if described else _TAIL)
-        except GLib.Error as error:
-            raise SourceError(f"cannot open {source.shown}: {one_line(error.message)}") from error
-        self._bus = self._bin.get_bus()
-        self.sink = self._bin.get_by_name("lm_sink")
-        self._entry = self._bin.get_by_name("lm_decoded").get_static_pad("sink")
-        self._gate_pad = self._bin.get_by_name("lm_queue").get_static_pad("sink")
-        self._decoder = None if described else Gst.ElementFactory.make("uridecodebin")
-        if self._decoder is not None:
-            self._decoder.set_property("uri", source.locator)
-            self._decoder.set_property("caps", Gst.Caps.from_string("video/x-raw(ANY)"))
-            self._decoder.set_property("expose-all-streams", False)
-            self._bin.add(self._decoder)
-
-    def start(self, on_decoded: "Callable[[_Pipeline, Any, int], bool]") -> None:
-        """Set off; `on_decoded(self, buffer, running_ns)` is asked about every frame, in a streaming thread."""
-        self._on_decoded = on_decoded
-        self._probes = [
-            self._gate_pad.add_probe(Gst.PadProbeType.EVENT_DOWNSTREAM, self._see_event),
-            self._gate_pad.add_probe(Gst.PadProbeType.BUFFER, self._see_buffer),
-        ]
-        self._handlers: list[tuple[Any, int]] = []
-        if self._decoder is not None:
-            self._handlers = [
-                (self._bin, self._bin.connect("deep-element-added", self._see_element)),
-                (self._decoder, self._decoder.connect("pad-added", self._see_pad)),
-                (self._decoder, self._decoder.connect("no-more-pads", self._see_last_pad)),
-            ]
-        self._no_preroll = self._bin.set_state(Gst.State.PAUSED) == Gst.StateChangeReturn.NO_PREROLL
-        self._bin.set_state(Gst.State.PLAYING)  # takes effect once prerolled; a failure is told on the bus
-
-    def release(self, *, leaky: bool, paced: bool) -> None:
-        """Open the gate. leaky: full queues drop their oldest frame; paced: frames pass at their running time."""
-        if leaky:
-            self._bin.get_by_name("lm_queue").set_property("leaky", 2)  # downstream: the oldest goes
-            # The sink must not block either, or its frame and the one behind it age until the reader comes.
-            self.sink.set_property("drop", True)
-            self.sink.set_property("max-buffers", 2)
-        self._bin.get_by_name("lm_pacer").set_property("sync", paced)
-        self._gate.set()
-
-    def stop(self) -> None:
-        """Stop all streaming threads. Nothing is asked or given afterwards."""
-        self._stopped = True
-        self._gate.set()
-        self._bin.set_state(Gst.State.NULL)
-        # What GStreamer holds of Python the garbage collector cannot see: each reconnect would leak a pipeline.
-        for probe in self._probes:
-            self._gate_pad.remove_probe(probe)
-        for owner, handler in self._handlers:
-            owner.disconnect(handler)
-        self._probes, self._handlers = [], []
-
-    def is_live(self) -> bool:
-        """Whether pictures come when they happen. Known once the first frame stands at the gate."""
-        if self._no_preroll or self._source.kind is not SourceKind.NETWORK:
-            return self._no_preroll
-        assert self._decoder is not None
-        if self.duration_ns() is not None:
-            return False
-        # A file without an index does not tell its duration, but the server tells its size. A playlist has a size too.
-        return self.adaptive or not self._decoder.get_property("source").query_duration(Gst.Format.BYTES)[0]
-
-    def duration_ns(self) -> int | None:
-        known, duration_ns = self._bin.query_duration(Gst.Format.TIME)
-        return duration_ns if known and duration_ns > 0 else None
-
-    def problem(self) -> str | None:
-        """What GStreamer said went wrong, in words; the first word counts. Empties the bus."""
-        while (message := self._bus.pop_filtered(Gst.MessageType.ERROR)) is not None:
-            error, debug = message.parse_error()
-            self._problem = self._problem or explain(error.message, debug)
-        if self._problem is None and self._no_video:
-            self._problem = NO_VIDEO
-        if self._problem is None and self._demuxer is not None and self._demuxer.numsrcpads == 0:
-            # GStreamer 1.22's decodebin now and then swallows the error of a demuxer that gives up at once: what is
-            # left to see is a demuxer that put its task to rest without having found a stream.
-            task = self._demuxer.get_static_pad("sink").get_task_state()
-            if task == Gst.TaskState.PAUSED:
-                self._problem = "it holds no playable stream (was the recording ever finished?)"
-        return self._problem
-
-    def captured_ns(self, buffer: Any, running_ns: int) -> int:
-        """UTC capture time of a live frame; see `VideoSource`."""
-        captured_ns = time.time_ns()
-        if self._no_preroll:
-            waited_ns = self._bin.get_clock().get_time() - self._bin.get_base_time() - running_ns
-            captured_ns -= waited_ns if 0 < waited_ns < _PLAUSIBLE_NS else 0
-        meta = buffer.get_reference_timestamp_meta(self._ntp)
-        if meta is not None and abs(meta.timestamp - _NTP_TO_UNIX_NS - captured_ns) < _PLAUSIBLE_NS:
-            return int(meta.timestamp - _NTP_TO_UNIX_NS)
-        return captured_ns
-
-    # -- in GStreamer's streaming threads
-
-    def _see_buffer(self, _pad: Any, info: Any) -> Any:
-        try:
-            wanted = self._wanted(info.get_buffer())
-        except Exception as error:  # nobody to raise to here: `read` does
-            self.fault = error
-            self.first.set()
-            wanted = False
-        return Gst.PadProbeReturn.OK if wanted else Gst.PadProbeReturn.DROP
-
-    def _wanted(self, buffer: Any) -> bool:
-        pts = buffer.pts
-        if pts == Gst.CLOCK_TIME_NONE or self._segment.format != Gst.Format.TIME:
-            if self._gate.is_set():
-                return False  # one bad frame among good ones
-            raise SourceError(f"the frames of {self._source.shown} have no timestamps: add do-timestamp=true")
-        running_ns = self._segment.to_running_time(Gst.Format.TIME, pts)
-        if running_ns == Gst.CLOCK_TIME_NONE:
-            return False  # outside of what the container says is shown
-        if not self._gate.is_set():
-            self.first.set()
-            self._gate.wait()
-        return not self._stopped and self._on_decoded(self, buffer, running_ns)
-
-    def _see_event(self, _pad: Any, info: Any) -> Any:
-        event = info.get_event()
-        if event.type == Gst.EventType.SEGMENT:
-            event.copy_segment(self._segment)
-        return Gst.PadProbeReturn.OK
-
-    def _see_element(self, _bin: Any, _parent: Any, element: Any) -> None:
-        factory = element.get_factory()
-        if factory is None:
-            return
-        if factory.get_name() == "rtspsrc":
-            element.set_property("protocols", 4)  # TCP: a lost packet costs time, not a smeared picture
-            element.set_property("latency", 100)  # ms that packets may come late
-            element.set_property("add-reference-timestamp-meta", True)
-        duty = factory.get_metadata("klass")
-        self.adaptive |= "Adaptive" in duty
-        if "Demux" in duty:
-            self._demuxer = element
-
-    def _see_pad(self, _decoder: Any, pad: Any) -> None:
-        """Link the first video; the next too once that is gone, as when HLS changes its rate."""
-        if self._entry.is_linked() or not pad.query_caps().to_string().startswith("video/x-raw"):
-            return
-        if pad.link(self._entry) != Gst.PadLinkReturn.OK:
-            self.fault = SourceError(f"cannot open {self._source.shown}: its video cannot be brought to memory")
-            self.first.set()
-
-    def _see_last_pad(self, _decoder: Any) -> None:
-        self._no_video = not self._entry.is_linked()
-
-
-def _pixels(sample: Any) -> Pixels:
-    """A copy of the picture, (H, W, 3): GStreamer wants its buffer back."""
-    buffer, info = sample.get_buffer(), GstVideo.VideoInfo.new_from_caps(sample.get_caps())
-    meta = GstVideo.buffer_get_video_meta(buffer)
-    layout = info if meta is None else meta
-    stride, offset = layout.stride[0], layout.offset[0]
-    data = buffer.extract_dup(0, buffer.get_size())
-    rows: Pixels = np.ndarray((info.height, info.width, 3), np.uint8, data, offset, (stride, 3, 1))
-    return np.ascontiguousarray(rows)  # rows are padded to 4 bytes

@@ -7,31 +7,25 @@ import os
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Self
 
 from rich.console import Console
 
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
-from kernels.errors import InputError
+from kernels.errors import InputError, SourceError
 from stream.detector import make_query
-from stream.events import encode, topic
 from stream.ingest import VideoSource, open_source
 from stream.moments import MomentOptions
 from stream.predictions import Predictions, to_jsonl
+from stream.publish import Sockets
 from stream.report import print_event, print_summary, progress_bar
 from stream.session import Session, Step
 from stream.sources import SourceStatus, parse_source
-from stream.types import NS, Event, Kind, Query
-from stream.websocket import Server
+from stream.types import NS, Event, Kind
 from stream.window import hop_from_seconds
-from stream.zeromq import Publisher
 
-MAX_QUERIES = 1000  # in all; a query costs about a microsecond a window, and some kilobytes
 POLL_S = 0.2  # how soon Ctrl-C, --for and new subscriptions are noticed on a silent source
 
 
@@ -64,80 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="stop after this much stream time")
 
 
-class Sockets:
-    """Everything that listens: a ZeroMQ publisher and a WebSocket server, opened and closed together.
-
-    Subscriptions that arrive over WebSocket wait until the session's thread applies them.
-    """
-
-    def __init__(self, zmq_port: int, ws_port: int, engine: Engine, queries: list[Query]) -> None:
-        self._wanted: SimpleQueue[tuple[bool, Query]] = SimpleQueue()
-        self._run_id = uuid.uuid4().hex
-        self._engine = engine
-        self._permanent = {query.id for query in queries}
-        self._running = {query.id: query for query in queries}
-        self._publisher = Publisher(zmq_port)
-        self._server = Server(ws_port, self._subscribe, self._unsubscribe)
-        try:
-            self._server.start()
-        except InputError:
-            self._publisher.close()
-            raise
-
-    @property
-    def ws_port(self) -> int:
-        """Where the WebSocket server listens; it was chosen by the system if 0 was asked for."""
-        return self._server.port
-
-    @property
-    def zmq_address(self) -> str:
-        return self._publisher.address
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.close()
-        self._publisher.close()
-
-    def apply(self, session: Session) -> None:
-        """Bring the session's queries up to what the clients want. For the thread that runs the session."""
-        while not self._wanted.empty():
-            watch, query = self._wanted.get()
-            if watch:
-                session.add(query)
-            else:
-                session.remove(query.id)
-
-    def tell(self, event: Event) -> None:
-        """Publish an event. Never blocks."""
-        payload = encode(event, self._run_id)
-        self._publisher.publish(topic(event), payload)
-        self._server.publish(event.stream, event.query.id if event.query else None, payload)
-
-    # Both run in the server's thread: they leave the session alone and only say what is wanted.
-
-    def _subscribe(self, text: str) -> Query:
-        query = make_query(self._engine, text)
-        if query.id not in self._running:
-            if len(self._running) >= MAX_QUERIES:
-                raise InputError(f"{MAX_QUERIES} queries run already: unsubscribe from one first")
-            self._running[query.id] = query
-            self._wanted.put((True, query))
-        return query
-
-    def _unsubscribe(self, query_id: str) -> None:
-        if query_id not in self._permanent and (query := self._running.pop(query_id, None)):
-            self._wanted.put((False, query))
-
-
 def play(video: VideoSource, session: Session, *, until_ns: int | None = None) -> Iterator[Step | None]:
-    """Drive a session with a source until it ends: what each frame led to, or None when none came for a while."""
+    """Drive a session with a source until it ends: what each frame led to, or None where something else happened.
+
+    The first is a None, before the first frame, and there is one at least every POLL_S.
+    """
     while not video.ended:
         item = video.read(POLL_S)
         if isinstance(item, SourceStatus):
             details = {"reason": item.reason, "retry_s": item.retry_s}
             session.status(item.state, **{key: value for key, value in details.items() if value is not None})
+            yield None
         elif item is None:
             yield None
         elif until_ns is not None and item.pts_ns >= until_ns:
@@ -180,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             session.add(query)
         predictions = Predictions(video.name, queries) if args.out else None
         started_ns, stream_ns, exit_code = time.monotonic_ns(), 0, 0
+        problem: SourceError | None = None
         with progress_bar(console, video) as progress:
             try:
                 for step in play(video, session, until_ns=until_ns):
@@ -192,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
                             predictions.add(step)
             except KeyboardInterrupt:
                 exit_code = 130
+            except SourceError as error:
+                problem = error  # what was found until then is not lost for it
         last = session.drain()
         print_summary(
             console,
@@ -204,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
         if predictions:
             predictions.add(last)
             _write(args.out, to_jsonl(predictions.rows(range(1, len(queries) + 1))))
+    if problem:
+        raise problem
     return exit_code
 
 

@@ -27,7 +27,8 @@ pytest.importorskip("gi", reason="needs GStreamer's Python bindings")
 
 from kernels.errors import SourceError
 from stream.clock import slot_of
-from stream.ingest import VideoSource, _Pipeline, open_source
+from stream.ingest import VideoSource, open_source
+from stream.pipeline import Pipeline
 from stream.sources import SourceStatus, parse_source
 from stream.types import NS, Frame
 from tests.media import VARIABLE, decode, truncate, write_audio, write_video
@@ -373,7 +374,7 @@ def test_a_live_source_drops_the_oldest_for_a_slow_reader_and_counts_exactly() -
 def test_a_live_source_is_not_held_up_by_what_comes_after_the_decoder() -> None:
     with opened(FAST.format(200)) as source:
         assert source._pipeline is not None
-        sink_pad = source._pipeline.sink.get_static_pad("sink")
+        sink_pad = source._pipeline._sink.get_static_pad("sink")
         block = sink_pad.add_probe(Gst.PadProbeType.BLOCK | Gst.PadProbeType.BUFFER, lambda *_: Gst.PadProbeReturn.OK)
         wait_for(lambda: source.taken == 200)
         sink_pad.remove_probe(block)
@@ -532,7 +533,7 @@ def test_close_does_not_hang_whatever_the_source_does() -> None:
 
 def test_a_pipeline_stops_while_its_first_frame_waits() -> None:
     asked: list[int] = []
-    pipeline = _Pipeline(parse_source("test:"))
+    pipeline = Pipeline(parse_source("test:"))
     pipeline.start(lambda _pipeline, _buffer, running_ns: bool(asked.append(running_ns)))  # type: ignore[func-returns-value]
     assert pipeline.first.wait(10)
     pipeline.stop()

@@ -22,7 +22,8 @@ from livemoments import main
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
-from stream.run import Sockets, play
+from stream.publish import Sockets
+from stream.run import play
 from stream.session import Session
 from stream.sources import parse_source
 from stream.types import NS, Event
