@@ -5,6 +5,7 @@ queries are subscribed over its WebSocket, as any client would. It ends by itsel
 """
 
 import argparse
+import shlex
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.table import Table
 from bench.camera import clips_folder, serve, start
 from bench.render import FPS, Kind, Segment, render
 from kernels.errors import InputError, LivemomentsError
+from stream.predictions import to_jsonl
 from stream.subscribe import listen
 
 STREAM = "demo"
@@ -47,6 +49,7 @@ SCRIPT = (
     Part("bikes", 10, {CARS: (1.5, 7.5), BICYCLE: (4.5, 10)}),
     Part(Kind.GREY, 8),
 )
+DURATION_S = float(sum(part.seconds for part in SCRIPT))
 
 
 @dataclass
@@ -60,9 +63,13 @@ class Found:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=(__doc__ or "").split("\n\n")[0])
-    parser.parse_args(argv)
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write the video and its truth there, show nothing")
+    args = parser.parse_args(argv)
     console = Console(highlight=False)
     try:
+        if args.save:
+            save(args.save)
+            return 0
         found = show(console)
     except LivemomentsError as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -72,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if compare(console, found) else 1
 
 
-def show(console: Console) -> dict[str, Found]:
-    """Serve, watch, subscribe, show; query text -> what was told."""
+def splice() -> tuple[list[Segment], dict[str, Found]]:
+    """What is shown, and for each query what is true."""
     clips = clips_folder()
     segments: list[Segment] = []
     found: dict[str, Found] = {}
@@ -85,6 +92,35 @@ def show(console: Console) -> dict[str, Found]:
             segments.append(Segment(Kind.CLIP, round(part.seconds * FPS), clips / f"{part.shown}.mp4"))
         found |= {query: Found((at_s + start, at_s + end)) for query, (start, end) in part.true.items()}
         at_s += part.seconds
+    return segments, found
+
+
+def save(folder: Path) -> None:
+    """Write the video and its truth, for `livemoments bench accuracy`."""
+    segments, found = splice()
+    folder.mkdir(parents=True, exist_ok=True)
+    render(segments, folder / f"{STREAM}.mp4")
+    rows = []
+    for qid, (text, query) in enumerate(found.items(), start=1):
+        start, end = query.true
+        clips = [clip for clip in range(int(DURATION_S // 2)) if min(end, 2 * clip + 2) - max(start, 2 * clip) >= 1]
+        rows.append(
+            {
+                "qid": qid,
+                "query": text,
+                "vid": STREAM,
+                "duration": DURATION_S,
+                "relevant_windows": [[start, end]],
+                "relevant_clip_ids": clips,
+                "saliency_scores": [[4, 4, 4]] * len(clips),
+            }
+        )
+    (folder / f"{STREAM}.jsonl").write_text(to_jsonl(rows))
+
+
+def show(console: Console) -> dict[str, Found]:
+    """Serve, watch, subscribe, show; query text -> what was told."""
+    segments, found = splice()
     with ExitStack() as stack:
         video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo.mp4"
         with console.status("splicing real clips with idle stretches"):
@@ -93,11 +129,11 @@ def show(console: Console) -> dict[str, Found]:
         ws, zmq = _free_port(), _free_port()
         ports = ["--ws-port", str(ws), "--zmq-port", str(zmq)]
         console.print(f"$ livemoments run {url} --publish {' '.join(ports)}", style="bold")
-        watcher = start(
-            stack, "livemoments", "run", url, "--publish", *ports, "--name", STREAM, "--for", str(at_s - 0.5)
-        )
+        # Half a second before the camera hangs up, so that nothing has to reconnect.
+        until = str(DURATION_S - 0.5)
+        watcher = start(stack, "livemoments", "run", url, "--publish", *ports, "--name", STREAM, "--for", until)
         subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
-        console.print(f"$ livemoments {' '.join(f'{p!r}' if ' ' in p else p for p in subscribe)}\n", style="bold")
+        console.print(f"$ livemoments {shlex.join(subscribe)}\n", style="bold")
         _wait_for(ws, watcher)
         start(stack, "livemoments", *subscribe, stdout=None)
         with closing(listen(f"ws://127.0.0.1:{ws}", list(found), None)) as items:
