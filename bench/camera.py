@@ -35,7 +35,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """A Python module as a process of its own, which ends with the stack."""
     process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=stdout, text=True)
-    stack.callback(process.wait)
+    stack.enter_context(process)  # waits for it, and closes its pipe
     stack.callback(process.terminate)
     return process
 

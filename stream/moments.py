@@ -48,35 +48,43 @@ class Tracker:
 
     def reset(self) -> None:
         """Forget everything, an open moment included."""
+        self._seen_ns: int | None = None  # end of the last window of this take
+        self._forget()
+
+    def _forget(self) -> None:
         self._moment: Moment | None = None  # from the first score above the threshold, told or not
         self._told = False  # OPENED is out
         self._fell_ns: int | None = None  # when the score fell below the lower threshold, if it has not come back
         self._updated_ns = 0
-        self._end_ns = 0  # end of the last window seen
         self._peak: Moment | None = None  # the moment as it stands at the peak being climbed; None on the way down
         self._trough = 1.0  # lowest score on the way down
 
     def push(self, saliency: Saliency, window: Window) -> list[Change]:
         """What one score changes, in the order to tell it."""
-        # A new take: what was open ended with the old one.
-        changes = self.drain() if window.discontinuity else []
-        # What this window adds to the one before is its last hop, and the score speaks for that.
-        now_ns, self._end_ns = window.end_ns - self._hop_ns, window.end_ns
+        changes: list[Change] = []
+        if window.discontinuity:  # what was open ended with the take before
+            changes = self.drain()
+            self._seen_ns = None
+        # A window averages over its frames, so its score stands for the hop in its middle; that of the first window
+        # of a take stands for all that came before, too.
+        centre_ns = (window.start_ns + window.end_ns) // 2
+        now_ns = window.start_ns if self._seen_ns is None else centre_ns - self._hop_ns // 2
+        until_ns, self._seen_ns = centre_ns + self._hop_ns // 2, window.end_ns
         score = saliency.score
         if self._moment is None:
             if score < self.options.threshold:
                 return changes
-            self._moment = self._begin(score, now_ns, window.epoch_ns)
+            self._moment = self._begin(score, now_ns, centre_ns, window.epoch_ns)
         elif score > self._moment.score:
-            self._moment = replace(self._moment, score=score, peak_ns=now_ns)
-        if self._is_over(score, now_ns):
+            self._moment = replace(self._moment, score=score, peak_ns=centre_ns)
+        if self._is_over(score, now_ns, until_ns):
             return changes + self._close()
         if not self._told:
-            if self._end_ns - self._moment.start_ns < self.options.min_length_s * NS:
+            if until_ns - self._moment.start_ns < self.options.min_length_s * NS:
                 return changes
             self._told, self._updated_ns, self._peak = True, now_ns, self._moment
             changes.append(Change(Kind.OPENED, self._moment))
-        changes += self._highlight(score, now_ns)
+        changes += self._highlight(score, centre_ns)
         if now_ns - self._updated_ns >= self.options.update_s * NS:
             self._updated_ns = now_ns
             changes.append(Change(Kind.UPDATED, self._moment))
@@ -86,30 +94,30 @@ class Tracker:
         """The stream, or the take, has ended: an open moment closes where the score was last high."""
         return self._close() if self._moment else []
 
-    def _begin(self, score: float, now_ns: int, epoch_ns: int) -> Moment:
+    def _begin(self, score: float, now_ns: int, peak_ns: int, epoch_ns: int) -> Moment:
         # The wall clock makes the id unique over restarts, and the same for two replays of one recording.
         seconds, rest = divmod(epoch_ns + now_ns, NS)
         at = f"{datetime.fromtimestamp(seconds, UTC):%Y%m%dT%H%M%S}.{rest // 1_000_000:03d}Z"
-        return Moment(f"{self._query}@{at}", self._stream, self._query, now_ns, None, now_ns, score)
+        return Moment(f"{self._query}@{at}", self._stream, self._query, now_ns, None, peak_ns, score)
 
-    def _is_over(self, score: float, now_ns: int) -> bool:
+    def _is_over(self, score: float, now_ns: int, until_ns: int) -> bool:
         """True once the score has been low for longer than the gap that a moment may have."""
         if score >= self._low:
             self._fell_ns = None
             return False
         if self._fell_ns is None:
             self._fell_ns = now_ns
-        return self._end_ns - self._fell_ns > self.options.min_gap_s * NS
+        return until_ns - self._fell_ns > self.options.min_gap_s * NS
 
-    def _highlight(self, score: float, now_ns: int) -> list[Change]:
+    def _highlight(self, score: float, centre_ns: int) -> list[Change]:
         """Peaks of the score inside a moment: a zigzag whose legs are at least `prominence` long."""
         assert self._moment is not None
         if self._peak is None:
             self._trough = min(self._trough, score)
             if score - self._trough >= self.options.prominence:
-                self._peak = replace(self._moment, score=score, peak_ns=now_ns)
+                self._peak = replace(self._moment, score=score, peak_ns=centre_ns)
         elif score > self._peak.score:
-            self._peak = replace(self._moment, score=score, peak_ns=now_ns)
+            self._peak = replace(self._moment, score=score, peak_ns=centre_ns)
         elif self._peak.score - score >= self.options.prominence:
             peak, self._peak, self._trough = self._peak, None, score
             return [Change(Kind.HIGHLIGHT, peak)]
@@ -118,8 +126,8 @@ class Tracker:
     def _close(self) -> list[Change]:
         """End the moment where the score fell; one that was never told vanishes without a word."""
         assert self._moment is not None
-        closed = replace(self._moment, end_ns=self._end_ns if self._fell_ns is None else self._fell_ns)
+        closed = replace(self._moment, end_ns=self._seen_ns if self._fell_ns is None else self._fell_ns)
         changes = [Change(Kind.HIGHLIGHT, self._peak)] if self._told and self._peak else []
         changes += [Change(Kind.CLOSED, closed)] if self._told else []
-        self.reset()
+        self._forget()
         return changes

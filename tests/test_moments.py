@@ -11,11 +11,14 @@ EPOCH = 1_700_000_000 * NS
 
 
 def play(scores: list[float], *, breaks: tuple[int, ...] = (), **options: float) -> list[tuple[int, Change]]:
-    """Feed one score a second; (index of the score or len(scores) for the drain, change)."""
+    """Feed one score a second, of windows [0, 2), [1, 3) ...; (index of the score, len(scores) at the drain, change).
+
+    Score i stands for [i + 0.5, i + 1.5), the hop in the middle of its window, and the first for all from 0 on.
+    """
     tracker = Tracker("cam", "q", NS, MomentOptions(**options))
     told = []
     for i, score in enumerate(scores):
-        window = Window("cam", i - 1, (i - 1) * NS, (i + 1) * NS, (), EPOCH, EPOCH, discontinuity=i in breaks)
+        window = Window("cam", i, i * NS, (i + 2) * NS, (), EPOCH, EPOCH, discontinuity=i in breaks)
         told += [(i, change) for change in tracker.push(Saliency("cam", "q", i, score, score), window)]
     return told + [(len(scores), change) for change in tracker.drain()]
 
@@ -28,16 +31,17 @@ def test_one_moment_from_open_to_close() -> None:
     told = play([0.1, 0.6, 0.9, 0.7, 0.1, 0.1, 0.1, 0.1])
     assert kinds(told) == [(1, "OPENED"), (3, "HIGHLIGHT"), (6, "CLOSED")]
     opened, highlight, closed = (change.moment for _, change in told)
-    assert (opened.start_ns, opened.end_ns, opened.score) == (1 * NS, None, 0.6)
-    assert (highlight.peak_ns, highlight.score) == (2 * NS, 0.9)
-    assert (closed.start_ns, closed.end_ns, closed.peak_ns, closed.score) == (1 * NS, 4 * NS, 2 * NS, 0.9)
+    assert (opened.start_ns / NS, opened.end_ns, opened.score) == (1.5, None, 0.6)
+    assert (highlight.peak_ns / NS, highlight.score) == (3, 0.9)
+    assert closed.end_ns is not None
+    assert (closed.start_ns / NS, closed.end_ns / NS, closed.peak_ns / NS, closed.score) == (1.5, 4.5, 3, 0.9)
     assert opened.id == highlight.id == closed.id
 
 
 def test_a_score_that_flickers_is_one_moment() -> None:
     told = play([0.6, 0.45, 0.55, 0.3, 0.55, 0.3, 0.3, 0.55, 0.1, 0.1, 0.1])
     assert [k for _, k in kinds(told) if k in ("OPENED", "CLOSED")] == ["OPENED", "CLOSED"]
-    assert told[-1][1].moment.end_ns == 8 * NS
+    assert told[-1][1].moment.end_ns == 8.5 * NS
 
 
 def test_a_dip_longer_than_the_gap_makes_two() -> None:
@@ -55,7 +59,7 @@ def test_too_short_is_never_told_and_long_enough_starts_where_it_started() -> No
     assert play([0.6, 0.1, 0.1, 0.1, 0.1], min_length_s=5.0) == []
     told = play([0.1, 0.6, 0.6, 0.6, 0.6], min_length_s=3.0)
     assert kinds(told)[0] == (3, "OPENED")
-    assert told[0][1].moment.start_ns == 1 * NS
+    assert told[0][1].moment.start_ns == 1.5 * NS
 
 
 def test_updates_come_while_it_lasts() -> None:
@@ -66,8 +70,8 @@ def test_updates_come_while_it_lasts() -> None:
 def test_every_peak_that_stands_out_is_a_highlight() -> None:
     told = play([0.6, 0.9, 0.6, 0.65, 0.6, 0.95, 0.6, 0.6], prominence=0.2)
     assert [(c.moment.peak_ns // NS, c.moment.score) for _, c in told if c.kind is Kind.HIGHLIGHT] == [
-        (1, 0.9),
-        (5, 0.95),
+        (2, 0.9),
+        (6, 0.95),
     ]
 
 
@@ -79,7 +83,7 @@ def test_an_interruption_closes_what_is_open() -> None:
     told = play([0.6, 0.6, 0.6, 0.6], breaks=(2,))
     assert [k for _, k in kinds(told) if k != "HIGHLIGHT"] == ["OPENED", "CLOSED", "OPENED", "CLOSED"]
     closed = next(change.moment for _, change in told if change.kind is Kind.CLOSED)
-    assert closed.end_ns == 2 * NS  # of the take before, not of the one after
+    assert (closed.start_ns, closed.end_ns) == (0, 3 * NS)  # of the windows before the break, [0, 2) and [1, 3)
 
 
 def test_random_scores_keep_the_promises() -> None:
