@@ -235,7 +235,7 @@ class Board:
         for row in list(self._rows.values())[-max(1, height) :]:
             table.add_row(*_cells(row, now))
         streams = "  ".join(f"{name}: {state}" for name, state in self._streams.items())
-        lines = [streams or "no stream has said anything yet", self._notice]
+        lines = [streams if streams or self._rows else "waiting for the first event", self._notice]
         if self._gaps.total or self._lost:
             lines.insert(1, f"missed {self._gaps.total} events by their numbers; the server dropped {self._lost}")
         return Group(table, *(Text(line, style="dim") for line in lines if line))
