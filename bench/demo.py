@@ -6,8 +6,6 @@ queries are subscribed over its WebSocket, as any client would. It ends by itsel
 
 import argparse
 import shlex
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.camera import clips_folder, serve, start
+from bench.camera import clips_folder, free_port, serve, start, wait_for_port
 from bench.render import FPS, Kind, Segment, render
 from kernels.errors import InputError, LivemomentsError
 from stream.predictions import to_jsonl
@@ -126,7 +124,7 @@ def show(console: Console) -> dict[str, Found]:
         with console.status("splicing real clips with idle stretches"):
             render(segments, video)
         url = serve(stack, video, loop=False)
-        ws, zmq = _free_port(), _free_port()
+        ws, zmq = free_port(), free_port()
         ports = ["--ws-port", str(ws), "--zmq-port", str(zmq)]
         console.print(f"$ livemoments run {url} --publish {' '.join(ports)}", style="bold")
         # Half a second before the camera hangs up, so that nothing has to reconnect.
@@ -134,7 +132,7 @@ def show(console: Console) -> dict[str, Found]:
         watcher = start(stack, "livemoments", "run", url, "--publish", *ports, "--name", STREAM, "--for", until)
         subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
         console.print(f"$ livemoments {shlex.join(subscribe)}\n", style="bold")
-        _wait_for(ws, watcher)
+        wait_for_port(ws, watcher)
         start(stack, "livemoments", *subscribe, stdout=None)
         with closing(listen(f"ws://127.0.0.1:{ws}", list(found), None)) as items:
             for item in items:
@@ -188,23 +186,6 @@ def _note(event: dict[str, Any], found: dict[str, Found]) -> None:
     # The first word says how late it came; the last one how long it was and how strong.
     first = query.moments.get(moment, data)
     query.moments[moment] = data | {"capture_to_publish_ms": first["capture_to_publish_ms"]}
-
-
-def _wait_for(port: int, process: subprocess.Popen[str]) -> None:
-    """Until the port answers, or the process that should answer has ended."""
-    while process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            continue
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the same live pictures: a test pattern, or the H.264 video of a file, once or fo
 """
 
 import argparse
+import signal
 import tempfile
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def main() -> None:
         if server.attach(None) == 0:
             raise SystemExit(f"port {args.port} cannot be listened on")
         print(f"rtsp://127.0.0.1:{server.get_bound_port()}/cam", flush=True)
-        GLib.MainLoop().run()
+        loop = GLib.MainLoop()
+        GLib.unix_signal_add(GLib.PRIORITY_DEFAULT, signal.SIGTERM, loop.quit)  # the folder must not stay behind
+        loop.run()
 
 
 if __name__ == "__main__":

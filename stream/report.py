@@ -74,7 +74,8 @@ def print_summary(
     console: Console, video: VideoSource, timings: Timings, *, stream_ns: int, wall_ns: int, moments: int
 ) -> None:
     """Frames, drops, speed and latency of a run."""
-    table = Table(title=f"{video.name}: {clock(stream_ns)} of video, {moments} moments", title_justify="left")
+    console.print(f"\n{video.name}: {clock(stream_ns)} of video, {moments} moments")
+    table = Table(show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("frames decoded", str(video.decoded))

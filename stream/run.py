@@ -68,7 +68,7 @@ def play(video: VideoSource, session: Session, *, until_ns: int | None = None) -
         if isinstance(item, SourceStatus):
             details = {"reason": item.reason, "retry_s": item.retry_s}
             session.status(item.state, **{key: value for key, value in details.items() if value is not None})
-            yield None
+            yield session.interrupt() if item.state == "reconnecting" else None
         elif item is None:
             yield None
         elif until_ns is not None and item.pts_ns >= until_ns:

@@ -108,6 +108,12 @@ class Session:
     def drain(self) -> Step:
         """End of stream: what is left over is looked at, and open moments close."""
         step = self._look(self._window.end_ns if self._window else 0, self._windower.drain())
+        step.events.extend(self.interrupt().events)
+        return step
+
+    def interrupt(self) -> Step:
+        """The source is gone, perhaps for long: open moments close now, and not when it comes back."""
+        step = Step(self._window.end_ns if self._window else 0, [], [])
         for query_id, tracker in self._trackers.items():
             step.events.extend(self._seal(query_id, tracker.drain()))
         return step

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from bench.camera import clips_folder
+from bench.camera import clips_folder, free_port, start, wait_for_port
 from bench.demo import BICYCLE, MAN
 from bench.render import FPS, Kind, Segment, render
 from kernels.bundle import EMBEDDED
@@ -143,6 +144,45 @@ def test_ctrl_c_ends_a_live_run_with_its_results(tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "frames decoded" in output and "Traceback" not in errors
     assert len(read_jsonl(out, Prediction)) == 1
+
+
+def test_a_camera_that_dies_closes_its_moment_and_opens_another_when_it_is_back(tmp_path: Path) -> None:
+    """Detector, camera and client in processes and connections of their own; the camera is killed by its id."""
+    video = tmp_path / "man.mp4"
+    render([Segment(Kind.CLIP, 30 * FPS, clips_folder() / "carphone_pristine.mp4")], video)
+    camera_port, ws_port = free_port(), free_port()
+
+    def camera(stack: ExitStack) -> subprocess.Popen[str]:
+        options = ("--port", str(camera_port), "--file", str(video), "--loop")
+        server = start(stack, "bench.rtsp_server", *options, stdout=subprocess.PIPE)
+        assert server.stdout is not None and server.stdout.readline()
+        return server
+
+    with ExitStack() as stack:
+        first = camera(stack)
+        url, ports = f"rtsp://127.0.0.1:{camera_port}/cam", ("--ws-port", str(ws_port), "--zmq-port", "0")
+        detector = start(stack, "livemoments", "run", url, "-q", MAN, "--publish", "--name", "cam", *ports)
+        wait_for_port(ws_port, detector)
+        client = stack.enter_context(Client(f"ws://127.0.0.1:{ws_port}"))
+        client.send({"op": "subscribe", "query": "*"})
+
+        def until(kind: str) -> dict[str, Any]:
+            for _ in range(60):
+                message = json.loads(client.receive(1) or b"{}")
+                if kind in (message.get("type", "").split(".")[-2:][0], message.get("data", {}).get("state")):
+                    data: dict[str, Any] = message["data"]
+                    return data
+            raise AssertionError(f"no {kind} came within a minute")
+
+        opened = until("opened")
+        first.kill()
+        closed = until("closed")  # before the camera is back
+        assert closed["moment_id"] == opened["moment_id"] and closed["end_s"] > closed["start_s"]
+        camera(stack)
+        until("connected")
+        again = until("opened")
+        assert again["moment_id"] != opened["moment_id"] and again["start_s"] >= closed["end_s"]
+        assert again["seq"] > closed["seq"]
 
 
 @pytest.fixture

@@ -137,6 +137,22 @@ def test_a_break_closes_and_wall_times_follow_the_stream(engine: Counting) -> No
     assert all(event.epoch_ns == WALL for event in told)
 
 
+def test_a_source_that_goes_away_closes_what_is_open_at_once(engine: Counting) -> None:
+    told: list[Event] = []
+    options = MomentOptions(threshold=1e-9, hysteresis=0.0)
+    session = Session(engine, "cam", NS, options, recorded=True, tell=told.append)
+    session.add(make_query(engine, "a dog"))
+    for hop in range(4):
+        session.push(frame(hop))
+    assert [event.kind for event in session.interrupt().events] == [Kind.HIGHLIGHT, Kind.CLOSED]
+    assert told[-1].moment is not None and told[-1].moment.end_ns == 4 * NS
+    assert session.interrupt().events == []
+    for hop in range(7, 9):
+        session.push(frame(hop, discontinuity=hop == 7))
+    assert [event.kind for event in told].count(Kind.CLOSED) == 1
+    assert told[-1].kind is Kind.OPENED and told[-1].moment is not None and told[-1].moment.start_ns == 7 * NS
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [("A  dog\n", "a dog", True), ("a dog", "a dog runs", False), ("日本", "中国", False), ("x" * 50, "x" * 51, False)],
