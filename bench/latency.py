@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     result = summarise(timings, delivered)
     _print(Console(highlight=False), result)
     if args.plot:
-        plot_latency(np.asarray(timings.total) / 1e6, np.asarray(delivered) / 1e6, args.plot)
+        plot_latency(timings.total.values() / 1e6, np.asarray(delivered) / 1e6, args.plot)
     print(json.dumps(result | {"queries": len(QUERIES), "size": list(SIZE), "hop_s": args.hop} | environment()))
     return 0
 
@@ -104,10 +104,12 @@ def measure(engine: Engine, hop_ns: int, seconds: int, console: Console) -> tupl
 
 def summarise(timings: Timings, delivered: list[int]) -> dict[str, Any]:
     """Percentiles in ms; the share of the mean and the ratio to the image engine of each stage."""
-    stages = {name: float(np.mean(getattr(timings, name))) for name in ("decode", "wait", "image", "head", "publish")}
+    stages = {
+        name: float(getattr(timings, name).values().mean()) for name in ("decode", "wait", "image", "head", "publish")
+    }
     whole = sum(stages.values())
     result: dict[str, Any] = {"windows": len(timings.total), "events": len(delivered)}
-    for name, values in (("glass_to_event", list(timings.total)), ("glass_to_client", delivered)):
+    for name, values in (("glass_to_event", timings.total.values()), ("glass_to_client", delivered)):
         for label, value in zip(("p50", "p95", "p99"), percentiles(values), strict=True):
             result[f"{name}_{label}_ms"] = round(value, 2)
     result["share"] = {name: round(value / whole, 3) for name, value in stages.items()}

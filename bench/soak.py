@@ -73,6 +73,7 @@ def summarise(samples: list[float]) -> dict[str, Any]:
         "rss_at_end_mb": round(last, 2),
         "rss_highest_mb": round(max(samples), 2),
         "growth": round(last / first - 1, 5),
+        "rss_by_minute_mb": [round(value, 2) for value in samples[minute - 1 :: minute]],
     }
 
 

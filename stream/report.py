@@ -1,8 +1,7 @@
 """What `livemoments run` shows a person: moments as they come, a progress bar, a summary."""
 
-from collections.abc import Sequence
-
 import numpy as np
+from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -62,11 +61,12 @@ def clock(ns: int) -> str:
     return f"{hours}:{minutes:02d}:{seconds:04.1f}" if hours else f"{minutes}:{seconds:04.1f}"
 
 
-def percentiles(values: Sequence[int]) -> tuple[float, float, float]:
+def percentiles(values_ns: ArrayLike) -> tuple[float, float, float]:
     """p50, p95 and p99 in ms; NaN where nothing was measured."""
-    if not values:
+    values = np.asarray(values_ns)
+    if not values.size:
         return float("nan"), float("nan"), float("nan")
-    p50, p95, p99 = np.percentile(np.asarray(values), (50, 95, 99)) / 1e6
+    p50, p95, p99 = np.percentile(values, (50, 95, 99)) / 1e6
     return float(p50), float(p95), float(p99)
 
 
@@ -85,5 +85,7 @@ def print_summary(
         table.add_row("reconnected", str(video.reconnects))
     table.add_row("real-time factor", f"{stream_ns / max(wall_ns, 1):.1f} x")
     since = "capture" if video.live else "frame"
-    table.add_row(f"{since} to decision", "p50 {:.0f}, p95 {:.0f}, p99 {:.0f} ms".format(*percentiles(timings.total)))
+    table.add_row(
+        f"{since} to decision", "p50 {:.0f}, p95 {:.0f}, p99 {:.0f} ms".format(*percentiles(timings.total.values()))
+    )
     console.print(table)

@@ -4,9 +4,11 @@
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kernels.engine import Engine
 from stream.detector import Detector
@@ -18,20 +20,35 @@ from stream.window import Windower
 KEPT_TIMINGS = 10_000  # windows whose timings are remembered: enough for a p99, and bounded
 
 
-def _kept() -> deque[int]:
-    return deque(maxlen=KEPT_TIMINGS)
+class Durations:
+    """The last KEPT_TIMINGS durations in ns. Allocated once: a detector that runs for months must not grow."""
+
+    def __init__(self) -> None:
+        self._ring = np.full(KEPT_TIMINGS, 0, np.int64)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return min(self._count, KEPT_TIMINGS)
+
+    def append(self, ns: int) -> None:
+        self._ring[self._count % KEPT_TIMINGS] = ns
+        self._count += 1
+
+    def values(self) -> NDArray[np.int64]:
+        """(n,) in no order."""
+        return self._ring[: len(self)]
 
 
 @dataclass
 class Timings:
-    """How long the last windows took, in ns, stage by stage."""
+    """How long the last windows took, stage by stage."""
 
-    decode: deque[int] = field(default_factory=_kept)  # live only: capture -> out of the decoder
-    wait: deque[int] = field(default_factory=_kept)  # live only: decoder -> this session, colour conversion included
-    image: deque[int] = field(default_factory=_kept)  # crop and image engine
-    head: deque[int] = field(default_factory=_kept)  # saliency and moments, all queries
-    publish: deque[int] = field(default_factory=_kept)  # events handed to the sockets
-    total: deque[int] = field(default_factory=_kept)  # capture (recordings: push) -> all of it done
+    decode: Durations = field(default_factory=Durations)  # live only: capture -> out of the decoder
+    wait: Durations = field(default_factory=Durations)  # live only: decoder -> this session, conversion included
+    image: Durations = field(default_factory=Durations)  # crop and image engine
+    head: Durations = field(default_factory=Durations)  # saliency and moments, all queries
+    publish: Durations = field(default_factory=Durations)  # events handed to the sockets
+    total: Durations = field(default_factory=Durations)  # capture (recordings: push) -> all of it done
 
 
 @dataclass(frozen=True)
@@ -98,11 +115,11 @@ class Session:
         self._pushed_ns = time.monotonic_ns()
         step = self._look(frame.pts_ns, self._windower.push(frame))
         if step.scores:
-            self.timings.total.append(self._latency_ns(frame.wall_ns, time.time_ns()))
+            total_ns = self._latency_ns(frame.wall_ns, time.time_ns())
+            self.timings.total.append(total_ns)
             if not self._recorded:
                 self.timings.wait.append(self._pushed_ns - frame.arrival_ns)
-                spent_ns = time.monotonic_ns() - frame.arrival_ns
-                self.timings.decode.append(self.timings.total[-1] - spent_ns)
+                self.timings.decode.append(total_ns - (time.monotonic_ns() - frame.arrival_ns))
         return step
 
     def drain(self) -> Step:
