@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 from kernels.errors import LivemomentsError
 
 
-def _run(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
     from stream import run
 
     run.add_arguments(parser)
     return run.run
 
 
-def _subscribe(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+def _subscribe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
     from stream import subscribe
 
     subscribe.add_arguments(parser)
     return subscribe.run
 
 
-def _bench(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+def _bench(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
     from bench import cli
 
-    cli.add_arguments(parser)
+    cli.add_arguments(parser, arguments)
     return cli.run
 
 
@@ -46,15 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Free-text queries on live video: when a moment starts, when it ends and how strong it is.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: open moments close
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a library that is interrupted while it loads may go on regardless
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         for name, (load, summary) in COMMANDS.items():
             command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
             # Only the command that runs is imported: `--help` stays instant, and `subscribe` needs no GStreamer.
             if arguments[:1] == [name]:
-                command.set_defaults(run=load(command))
+                command.set_defaults(run=load(command, arguments[1:]))
         args = parser.parse_args(arguments)
+        for ending in (signal.SIGINT, signal.SIGTERM):  # both end a command as Ctrl-C does: open moments close
+            signal.signal(ending, signal.default_int_handler)
         exit_code: int = args.run(args)
     except LivemomentsError as error:
         print(f"livemoments: {error}", file=sys.stderr)

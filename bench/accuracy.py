@@ -6,6 +6,7 @@ first window that holds it, because that is what a viewer had at the time.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -25,12 +26,13 @@ from kernels.errors import InputError
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
+from stream.output import check_folder, check_writable, write
 from stream.predictions import Predictions, to_jsonl
 from stream.report import progress_bar
 from stream.run import play
 from stream.session import Session, Step
 from stream.sources import parse_source
-from stream.types import NS, Kind
+from stream.types import NS, Event, Kind
 from stream.window import hop_from_seconds
 from trainer.metrics import Prediction, Truth, average_precision, evaluate, frame_f1, inside, read_jsonl
 from trainer.streaming_metrics import Closed, Opened, QueryRun, streaming_scores
@@ -43,15 +45,14 @@ class Watched:
     """What one query got to see and say."""
 
     truth: Truth
-    scores: NDArray[np.float64]  # (hops,), NaN where no window held the hop
+    scores: NDArray[np.float64]  # (hops,) of the truth's duration, NaN where no window held the hop
     opened: list[Opened] = field(default_factory=list)
     closed: list[Closed] = field(default_factory=list)
 
     def hops(self, hop_s: float) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """Truth and score of every hop that was scored, each (hops,)."""
-        seen = ~np.isnan(self.scores)
+        """Truth and score of every hop, each (hops,); what no window held was not found, and scores 0."""
         middles = (np.arange(len(self.scores)) + 0.5) * hop_s
-        return inside(middles, self.truth.windows)[seen], self.scores[seen]
+        return inside(middles, self.truth.windows), np.nan_to_num(self.scores)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
     if not any(len(truth.windows) for truth in truths):
         raise InputError(f"{args.streams}: no query in it ever comes true, so there is nothing to score")
     hop_ns, options = hop_from_seconds(args.hop), MomentOptions(threshold=args.threshold)
+    if args.out:
+        check_writable(args.out)
+    if args.plot:
+        check_folder(args.plot)
     engine, console = Engine(args.engine), Console(stderr=True, highlight=False)
     videos = {vid: _find(args.videos, vid) for vid in dict.fromkeys(truth.vid for truth in truths)}
     watched: list[Watched] = []
@@ -80,36 +85,43 @@ def run(args: argparse.Namespace) -> int:
         watched += found
         rows += predictions
     if args.out:
-        args.out.write_text(to_jsonl(rows))
+        write(args.out, to_jsonl(rows))
     result = score(watched, rows, hop_ns / NS, options.threshold)
     _print(Console(highlight=False), watched, result, hop_ns / NS)
     if args.plot:
         plot_queries(watched, hop_ns / NS, options.threshold, args.plot)
-    print(json.dumps(result | {"engine": engine.manifest.model, "hop_s": hop_ns / NS} | environment()))
+    print(json.dumps(result | {"engine": engine.manifest.model, "hop_s": hop_ns / NS} | environment(), allow_nan=False))
     return 0
 
 
 def watch(
     engine: Engine, path: Path, truths: Sequence[Truth], hop_ns: int, options: MomentOptions, console: Console
 ) -> tuple[list[Watched], list[dict[str, Any]]]:
-    """Replay one video for its queries as fast as it goes: what each said, and the predictions in the field's jsonl."""
+    """Replay one video for its queries as fast as it goes: what each said, and the predictions in the field's jsonl.
+
+    Raises:
+        InputError: two queries are the same, or the video breaks off: half a video would be half a score.
+    """
     queries = [make_query(engine, truth.query) for truth in truths]
     if len({query.id for query in queries}) < len(queries):
         raise InputError(f"{path.stem}: two of its queries are the same text: give each once")
     video = open_source(parse_source(str(path)), hop_ns=hop_ns, pace="max")
     try:
-        session = Session(engine, video.name, hop_ns, options, recorded=True)
+        told: list[Event] = []
+        session = Session(engine, video.name, hop_ns, options, recorded=True, tell=told.append)
         predictions = Predictions(video.name, queries)
         watched = {}
         for query, truth in zip(queries, truths, strict=True):
             session.add(query)
-            watched[query.id] = Watched(truth, np.full(round(truth.duration * NS / hop_ns) + 1, np.nan))
+            watched[query.id] = Watched(truth, np.full(math.ceil(truth.duration * NS / hop_ns - 1e-6), np.nan))
         with progress_bar(console, video) as progress:
             for step in play(video, session):
                 if step is not None:
                     _note(step, watched, hop_ns)
                     predictions.add(step)
                     progress.update(progress.task_ids[0], completed=step.time_ns / NS)
+        if reason := next((e.status["reason"] for e in told if e.status and "reason" in e.status), None):
+            raise InputError(f"{path}: {reason}")
         last = session.drain()
         _note(last, watched, hop_ns)
         predictions.add(last)
@@ -131,9 +143,9 @@ def score(
     return {
         "queries": len(watched),
         "prior": float(np.mean([t.mean() for t in truths])),
-        "frame_ap": float(np.nanmean([average_precision(t, s) for t, s in zip(truths, scores, strict=True)])),
-        "f1_default": f1.micro,
-        "f1_per_query": float(np.nanmean(f1.per_query)),
+        "frame_ap": _mean_known([average_precision(t, s) for t, s in zip(truths, scores, strict=True)]),
+        "f1_default": _mean_known([f1.micro]),
+        "f1_per_query": _mean_known(f1.per_query),
         "threshold": threshold,
         "hd_map": brief["HL-min-VeryGood-mAP"],
         "hit1": brief["HL-min-VeryGood-Hit1"],
@@ -174,6 +186,12 @@ def _find(folder: Path, vid: str) -> Path:
         if (path := folder / f"{vid}{suffix}").is_file():
             return path
     raise InputError(f"no video for vid {vid} in {folder}: looked for {vid}{{{','.join(VIDEO_SUFFIXES)}}}")
+
+
+def _mean_known(values: Sequence[float] | NDArray[np.float64]) -> float | None:
+    """Of those that are defined; None if none is."""
+    known = [float(value) for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def _qid_in(row: dict[str, Any], watched: Sequence[Watched]) -> bool:

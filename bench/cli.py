@@ -1,22 +1,31 @@
 """`livemoments bench MEASURE`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from kernels.errors import InputError
+
+MEASURES = {
+    "accuracy": "recorded videos through the very code of `run`, scored on what was published when",
+    "latency": "glass to event on a live RTSP stream, and what each stage takes of it",
+    "soak": "the memory of a detector that watches a live stream for long",
+}
+"""Each is a module of this package with `add_arguments` and `run`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """`arguments` are those behind `bench`: only the measure that they name is imported."""
     measures = parser.add_subparsers(dest="measure", metavar="MEASURE", required=True)
-    try:
-        from bench import accuracy, latency, soak
-    except ModuleNotFoundError as error:
-        from kernels.errors import InputError
-
-        raise InputError(f"the benchmarks need {error.name}: pip install 'livemoments[bench]'") from None
-    for name, module in (("accuracy", accuracy), ("latency", latency), ("soak", soak)):
-        summary = (module.__doc__ or "").split(": ", 1)[1].split(".")[0]
-        measure = measures.add_parser(name, help=summary, description=summary)
-        module.add_arguments(measure)
-        measure.set_defaults(measured=module.run)
+    for name, summary in MEASURES.items():
+        measure = measures.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if list(arguments[:1]) == [name]:
+            try:
+                module = import_module(f"bench.{name}")
+            except ModuleNotFoundError as error:
+                raise InputError(f"this needs the package {error.name}: pip install 'livemoments[bench]'") from None
+            module.add_arguments(measure)
+            measure.set_defaults(measured=module.run)
 
 
 def run(args: argparse.Namespace) -> int:

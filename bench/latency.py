@@ -29,6 +29,7 @@ from kernels.errors import InputError
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
+from stream.output import check_writable
 from stream.publish import Sockets
 from stream.report import percentiles
 from stream.run import play
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     hop_ns = hop_from_seconds(args.hop)
     if args.seconds < 5:
         raise InputError(f"--seconds must be at least 5, got {args.seconds}")
+    if args.plot:
+        check_writable(args.plot)
     engine, console = Engine(args.engine), Console(stderr=True, highlight=False)
     timings, delivered = measure(engine, hop_ns, args.seconds, console)
     result = summarise(timings, delivered)
@@ -74,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(engine: Engine, hop_ns: int, seconds: int, console: Console) -> tuple[Timings, list[int]]:
-    """Stage timings of every window after the warm-up, and the ns from capture to the client's hands of every event."""
+    """Stage timings of the windows after the warm-up, and the ns from capture to the client's hands of every event."""
     queries = [make_query(engine, text) for text in QUERIES]
     options = MomentOptions(threshold=1e-9, hysteresis=0.0, update_s=0.0)
     delivered: list[int] = []

@@ -23,7 +23,6 @@ def plot_queries(watched: Sequence[Watched], hop_s: float, threshold: float, fol
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     for vid, group in groupby(watched, key=lambda w: w.truth.vid):
         queries = list(group)
         figure, axes = pyplot.subplots(

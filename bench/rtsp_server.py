@@ -77,7 +77,8 @@ def main() -> None:
             raise SystemExit(f"port {args.port} cannot be listened on")
         print(f"rtsp://127.0.0.1:{server.get_bound_port()}/cam", flush=True)
         loop = GLib.MainLoop()
-        GLib.unix_signal_add(GLib.PRIORITY_DEFAULT, signal.SIGTERM, loop.quit)  # the folder must not stay behind
+        for ending in (signal.SIGTERM, signal.SIGINT):  # the folder must not stay behind
+            GLib.unix_signal_add(GLib.PRIORITY_DEFAULT, ending, loop.quit)
         loop.run()
 
 

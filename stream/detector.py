@@ -7,24 +7,28 @@ from collections import deque
 import numpy as np
 
 from kernels.engine import Engine
+from kernels.errors import InputError
 from kernels.saliency import Calibration, saliency
 from stream.clock import slot_of
-from stream.types import Features, Query, Saliency, Vector, Window
+from stream.types import Features, Query, Saliency, Vector, Window, normalise
 
 
 def make_query(engine: Engine, text: str) -> Query:
     """Encode a text once. The same text, whatever its case and spacing, is the same query.
 
     Raises:
-        InputError: the text is empty or too long for the engine.
+        InputError: the text is empty, too long for the engine, or no text at all.
     """
     text = " ".join(text.split())
+    try:
+        key = normalise(text).encode()
+    except UnicodeEncodeError:
+        raise InputError("the query is not text in UTF-8: check the terminal's encoding") from None
     encoded = engine.embed_texts([text])
-    key = text.lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", key).strip("-")[:32].rstrip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", key.decode()).strip("-")[:32].rstrip("-")
     # Readable, and still unique where two long texts begin alike.
     return Query(
-        f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:6]}".lstrip("-"),
+        f"{slug}-{hashlib.sha256(key).hexdigest()[:10]}".lstrip("-"),
         text,
         encoded.pooled[0],
         float(encoded.level[0]),

@@ -34,7 +34,7 @@ def topic(event: Event) -> str:
 
 def topic_prefix(stream: str | None) -> str:
     """What the topics of one stream, or of all (None), begin with. Ends in a slash: `cam1` is not `cam10`."""
-    return f"{TOPIC_ROOT}/" if stream is None else f"{TOPIC_ROOT}/{quote(stream, safe='')}/"
+    return f"{TOPIC_ROOT}/" if stream is None else f"{TOPIC_ROOT}/{quote(stream, safe='', errors='replace')}/"
 
 
 def to_cloudevent(event: Event, source_run: str) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def to_cloudevent(event: Event, source_run: str) -> dict[str, Any]:
     message = {
         "specversion": "1.0",
         "type": f"io.livemoments.{event.kind}.v1",
-        "source": f"/{TOPIC_ROOT}/{quote(event.stream, safe='')}",
+        "source": f"/{TOPIC_ROOT}/{quote(event.stream, safe='', errors='replace')}",
         "id": f"{source_run}/{event.query.id if event.query else STATUS}/{event.seq}",
         "time": rfc3339(event.emitted_ns),
         "datacontenttype": "application/json",

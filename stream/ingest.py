@@ -95,6 +95,7 @@ class VideoSource:
         self._retry_ns = 0  # while there is no pipeline: monotonic time of the next try
         self._last_ns = time.monotonic_ns()  # when the last frame was decoded, or the pipeline started
         self._time_ns = 0  # stream time of the last frame decoded
+        self._step_ns = 0  # its distance from the one before
         self._pipeline: Pipeline | None = None
         self._connected_ns: int | None = None  # None until the present pipeline gave its first frame
         pipeline = Pipeline(source)
@@ -199,7 +200,7 @@ class VideoSource:
         arrival_ns = time.monotonic_ns()
         tick = self._clock.tick(running_ns, arrival_ns)
         self.decoded += 1
-        self._last_ns, self._time_ns = arrival_ns, tick.time_ns
+        self._step_ns, self._last_ns, self._time_ns = tick.time_ns - self._time_ns, arrival_ns, tick.time_ns
         self._broken |= tick.discontinuity
         if not self._sampler.take(tick.time_ns):
             return False
@@ -262,7 +263,8 @@ class VideoSource:
         if self.live and (endless or not at_end):
             self._schedule_retry(problem or "the far end closed the stream")
             return
-        if problem is None and self.duration_ns is not None and self._time_ns + WINDOW_NS < self.duration_ns:
+        due_ns = self._time_ns + max(WINDOW_NS, 2 * self._step_ns)
+        if problem is None and self.duration_ns is not None and due_ns < self.duration_ns:
             shown_s, whole_s = self._time_ns / NS, self.duration_ns / NS
             problem = f"its pictures stop at {shown_s:.1f} s of {whole_s:.1f} s: it may be truncated"
         self.ended = True

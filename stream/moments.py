@@ -43,7 +43,8 @@ class Tracker:
     def __init__(self, stream: str, query: str, hop_ns: int, options: MomentOptions) -> None:
         self.options = options
         self._stream, self._query, self._hop_ns = stream, query, hop_ns
-        self._low = max(options.threshold - options.hysteresis, 0.0)
+        # Never 0, which no score falls below: a moment must be able to end.
+        self._low = max(options.threshold - options.hysteresis, options.threshold / 2)
         self.reset()
 
     def reset(self) -> None:
@@ -62,7 +63,8 @@ class Tracker:
     def push(self, saliency: Saliency, window: Window) -> list[Change]:
         """What one score changes, in the order to tell it."""
         changes: list[Change] = []
-        if window.discontinuity:  # what was open ended with the take before
+        if window.discontinuity:  # what was open ended with the take before, and at the latest where this begins
+            self._seen_ns = min(self._seen_ns or 0, window.start_ns)
             changes = self.drain()
             self._seen_ns = None
         # A window averages over its frames, so its score stands for the hop in its middle; that of the first window

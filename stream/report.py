@@ -1,5 +1,8 @@
 """What `livemoments run` shows a person: moments as they come, a progress bar, a summary."""
 
+import os
+import sys
+
 import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
@@ -10,6 +13,15 @@ from rich.text import Text
 from stream.ingest import VideoSource
 from stream.session import Timings
 from stream.types import NS, Event, Kind
+
+
+class Terminal(Console):
+    """A console whose reader may leave (`| head`): the work goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # What is left in the buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress_bar(console: Console, video: VideoSource) -> Progress:
@@ -85,7 +97,7 @@ def print_summary(
         table.add_row("reconnected", str(video.reconnects))
     table.add_row("real-time factor", f"{stream_ns / max(wall_ns, 1):.1f} x")
     since = "capture" if video.live else "frame"
-    table.add_row(
-        f"{since} to decision", "p50 {:.0f}, p95 {:.0f}, p99 {:.0f} ms".format(*percentiles(timings.total.values()))
-    )
+    if len(timings.total):
+        decision = "p50 {:.0f}, p95 {:.0f}, p99 {:.0f} ms".format(*percentiles(timings.total.values()))
+        table.add_row(f"{since} to decision", decision)
     console.print(table)

@@ -3,14 +3,9 @@
 import argparse
 import contextlib
 import math
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
 
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
@@ -18,9 +13,10 @@ from kernels.errors import InputError, SourceError
 from stream.detector import make_query
 from stream.ingest import VideoSource, open_source
 from stream.moments import MomentOptions
+from stream.output import check_writable, write
 from stream.predictions import Predictions, to_jsonl
 from stream.publish import Sockets
-from stream.report import print_event, print_summary, progress_bar
+from stream.report import Terminal, print_event, print_summary, progress_bar
 from stream.session import Session, Step
 from stream.sources import SourceStatus, parse_source
 from stream.types import NS, Event, Kind
@@ -61,8 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def play(video: VideoSource, session: Session, *, until_ns: int | None = None) -> Iterator[Step | None]:
     """Drive a session with a source until it ends: what each frame led to, or None where something else happened.
 
-    The first is a None, before the first frame, and there is one at least every POLL_S.
+    The first is a None, before the first frame, and there is one at least every POLL_S. It ends at `until_ns` of
+    stream time, which goes on while a live source is silent.
     """
+    now_ns, heard_ns = 0, time.monotonic_ns()
     while not video.ended:
         item = video.read(POLL_S)
         if isinstance(item, SourceStatus):
@@ -70,10 +68,14 @@ def play(video: VideoSource, session: Session, *, until_ns: int | None = None) -
             session.status(item.state, **{key: value for key, value in details.items() if value is not None})
             yield session.interrupt() if item.state == "reconnecting" else None
         elif item is None:
+            silent_ns = time.monotonic_ns() - heard_ns if video.live else 0
+            if until_ns is not None and now_ns + silent_ns >= until_ns:
+                return
             yield None
         elif until_ns is not None and item.pts_ns >= until_ns:
             return
         else:
+            now_ns, heard_ns = item.pts_ns, time.monotonic_ns()
             yield session.push(item)
 
 
@@ -86,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.query and not args.publish:
         raise InputError("nothing to wait for: give a -q TEXT, or --publish, so that queries can come by WebSocket")
     source = parse_source(args.source)
-    if args.out and args.out != "-":
-        _check_writable(Path(args.out))
+    out = Path(args.out) if args.out and args.out != "-" else None
+    if out:
+        check_writable(out, source=source.path)
     engine = Engine(args.engine)
     queries = list({query.id: query for query in (make_query(engine, text) for text in args.query)}.values())
     # Results on stdout leave stderr to the people.
-    console = Console(stderr=args.out == "-", highlight=False)
+    console = Terminal(stderr=args.out == "-", highlight=False)
 
     with contextlib.ExitStack() as stack:
         sockets = stack.enter_context(Sockets(args.zmq_port, args.ws_port, engine, queries)) if args.publish else None
@@ -137,24 +140,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if predictions:
             predictions.add(last)
-            _write(args.out, to_jsonl(predictions.rows(range(1, len(queries) + 1))))
+            write(out, to_jsonl(predictions.rows(range(1, len(queries) + 1))))
     if problem:
         raise problem
     return exit_code
-
-
-def _check_writable(path: Path) -> None:
-    """Say so before the work, not after it."""
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: the folder must exist and be writable, and the name must be a file's")
-
-
-def _write(out: str, text: str) -> None:
-    """All of it or nothing: the file appears when it is whole."""
-    if out == "-":
-        sys.stdout.write(text)
-        return
-    path = Path(out)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)

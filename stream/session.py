@@ -86,6 +86,8 @@ class Session:
         self._detector = Detector(engine, stream, hop_ns)
         self._trackers: dict[str, Tracker] = {}
         self._queries: dict[str, Query] = {}
+        # UTC at stream time 0 when the newest moment of a query opened: the estimate moves, a moment's start must not.
+        self._epochs: dict[str, int] = {}
         self._sequencer = Sequencer()
         self._window: Window | None = None  # the newest
         self._pushed_ns = 0  # time.monotonic_ns() of the newest frame's arrival here
@@ -107,6 +109,7 @@ class Session:
         events = self._seal(query_id, self._trackers[query_id].drain()) if query_id in self._trackers else []
         if self._queries.pop(query_id, None):
             del self._trackers[query_id]
+            self._epochs.pop(query_id, None)
             self._detector.remove(query_id)
         return events
 
@@ -172,11 +175,13 @@ class Session:
         for change in changes:
             assert self._window is not None
             now_ns = time.time_ns()
+            if change.kind is Kind.OPENED:
+                self._epochs[query_id] = self._window.epoch_ns
             event = Event(
                 kind=change.kind,
                 stream=self.stream,
                 seq=self._sequencer.next(self.stream, query_id),
-                epoch_ns=self._window.epoch_ns,
+                epoch_ns=self._epochs[query_id],
                 emitted_ns=now_ns,
                 query=self._queries[query_id],
                 moment=change.moment,

@@ -83,7 +83,7 @@ def parse_source(text: str) -> Source:
     if device := _DEVICE.fullmatch(text):
         return _device_source(text, device[1])
     if not (scheme := _SCHEME.match(text)):
-        return _file_source(text, Path(text).expanduser())
+        return _file_source(text, Path(os.path.expanduser(text)))  # noqa: PTH111 - leaves a user it does not know
     if scheme[1].lower() == "file":
         return _file_source(text, Path(unquote(urlsplit(text).path)))
     if scheme[1].lower() in _NETWORK:
@@ -132,7 +132,11 @@ def one_line(text: str) -> str:
 def _file_source(text: str, path: Path) -> Source:
     if not text:
         raise SourceError(f"no source given: expected {UNDERSTOOD}")
-    if not path.exists():
+    try:
+        found = path.exists()
+    except (OSError, ValueError) as error:  # a name too long for the file system, or no name at all
+        raise SourceError(f"cannot read {text[:60]}: {error}") from None
+    if not found:
         raise SourceError(f"no such file: {text} (a source is {UNDERSTOOD})")
     if path.is_dir():
         raise SourceError(f"{text} is a directory, not a video file")

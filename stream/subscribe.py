@@ -18,6 +18,7 @@ from rich.text import Text
 
 from kernels.errors import InputError
 from stream.events import LOST_TYPE, GapCounter, to_json, topic_prefix
+from stream.types import normalise
 
 DEFAULT_URL = "ws://127.0.0.1:8765"
 TICK_S = 0.25
@@ -141,7 +142,8 @@ def _wanted(message: Message, queries: list[str]) -> bool:
     """Whether to show it: no answers to requests, and of the moments those of `queries`."""
     if "op" in message:
         return False
-    return not queries or message["data"].get("query", queries[0]) in queries
+    text = message["data"].get("query")
+    return not queries or text is None or normalise(text) in map(normalise, queries)
 
 
 @contextlib.contextmanager
@@ -149,7 +151,7 @@ def _output(as_json: bool) -> Iterator[Callable[[Item], None]]:
     """A function that shows one item: JSON, the table on a terminal, or lines."""
     if as_json:
         yield _show_json
-    elif not sys.stdout.isatty():
+    elif sys.stdout is None or not sys.stdout.isatty():
         gaps = GapCounter()
         yield lambda item: _show_line(item, gaps)
     else:

@@ -73,6 +73,11 @@ class Query:
     spread: float = 1.0  # standard deviation of the same
 
 
+def normalise(text: str) -> str:
+    """What two texts share when they are the same query, whatever their case and spacing."""
+    return " ".join(text.split()).lower()
+
+
 @dataclass(frozen=True)
 class Saliency:
     """How strongly one window answers one query."""

@@ -51,9 +51,9 @@ class Windower:
         # A window that starts after the last frame and ends before this one would be empty.
         empty = self._take_start is not None and slot - self._last_slot > self._per_window
         if self._take_start is None or frame.discontinuity or empty:
+            windows += self.drain()  # a take too short for a window still has its say
             self._interrupted = self._take_start is not None
             self._take_start = slot
-            self._fresh = []
         else:
             windows += [w for s in range(self._last_slot + 1, slot) if (w := self._window(s, frame))]
         self._fresh.append(frame)

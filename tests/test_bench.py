@@ -12,6 +12,7 @@ from bench.camera import clips_folder
 from bench.demo import BICYCLE, MAN, QUERIES
 from bench.render import FPS, Kind, Segment, render
 from livemoments import main
+from tests.media import truncate, write_video
 from trainer.metrics import Prediction, read_jsonl
 
 REQUIRED = (
@@ -79,6 +80,9 @@ def test_accuracy_scores_what_was_published(
         (lambda text: text.replace('"qid": 9', '"qid": 7'), "qid 7 came before"),
         (lambda text: text[:-30], "truth.jsonl:2: not JSON"),
         (lambda text: "", "nothing to score"),
+        (lambda text: text.replace('"duration": 20.0', '"duration": 0'), "truth.jsonl:1: duration: must be above 0"),
+        (lambda text: text.replace('"duration": 20.0', '"duration": ' + "9" * 5000), "truth.jsonl:1: cannot be read"),
+        (lambda text: "[" * 200_000, "truth.jsonl:1: "),
     ],
 )
 def test_accuracy_names_what_is_wrong_with_the_truth(
@@ -88,6 +92,36 @@ def test_accuracy_names_what_is_wrong_with_the_truth(
     truth = tmp_path / "truth.jsonl"
     truth.write_text(change((recordings / "truth.jsonl").read_text()))
     assert main(["bench", "accuracy", "--streams", str(truth), "--videos", str(recordings)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert line in said
+
+
+def test_a_video_that_breaks_off_is_not_half_scored(
+    recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = write_video(tmp_path / "phone.mp4", frames=600, size=(160, 120), options={"movflags": "faststart"})
+    truncate(video, 0.5)
+    words = ["bench", "accuracy", "--streams", str(recordings / "truth.jsonl"), "--videos", str(tmp_path)]
+    assert main(words) == 2
+    assert "it may be truncated" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["accuracy", "--out", "/nowhere/x.jsonl"], "cannot write /nowhere/x.jsonl"),
+        (["accuracy", "--plot", "/dev/null/plots"], "cannot make the folder /dev/null/plots"),
+        (["latency", "--plot", "/nowhere/x.png"], "cannot write /nowhere/x.png"),
+        (["latency", "--seconds", "1"], "at least 5"),
+        (["soak", "--minutes", "nan"], "at least 0.5"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work(
+    recordings: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if words[0] == "accuracy":
+        words = [*words, "--streams", str(recordings / "truth.jsonl"), "--videos", str(recordings)]
+    assert main(["bench", *words]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert line in said
 

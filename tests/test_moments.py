@@ -83,7 +83,24 @@ def test_an_interruption_closes_what_is_open() -> None:
     told = play([0.6, 0.6, 0.6, 0.6], breaks=(2,))
     assert [k for _, k in kinds(told) if k != "HIGHLIGHT"] == ["OPENED", "CLOSED", "OPENED", "CLOSED"]
     closed = next(change.moment for _, change in told if change.kind is Kind.CLOSED)
-    assert (closed.start_ns, closed.end_ns) == (0, 3 * NS)  # of the windows before the break, [0, 2) and [1, 3)
+    assert (closed.start_ns, closed.end_ns) == (0, 2 * NS)  # where the take after the break begins
+
+
+@pytest.mark.parametrize("threshold", [0.01, 0.1, 0.5, 1.0])
+def test_a_moment_can_end_whatever_the_threshold(threshold: float) -> None:
+    told = play([1.0, 1.0, *[0.0] * 10], threshold=threshold)
+    assert (5, "CLOSED") in kinds(told) or (4, "CLOSED") in kinds(told)
+
+
+def test_a_take_of_one_frame_ends_where_the_next_begins() -> None:
+    """Its window reaches beyond the break; its moment must not."""
+    tracker = Tracker("cam", "q", NS, MomentOptions())
+    changes = []
+    for start in (0, 1):
+        window = Window("cam", start, start * NS, (start + 2) * NS, (), EPOCH, EPOCH, discontinuity=start == 1)
+        changes += tracker.push(Saliency("cam", "q", start, 0.9, 0.9), window)
+    closed, opened = (next(c.moment for c in changes[1:] if c.kind is kind) for kind in (Kind.CLOSED, Kind.OPENED))
+    assert closed.end_ns == opened.start_ns == NS
 
 
 def test_random_scores_keep_the_promises() -> None:

@@ -1,6 +1,7 @@
 """`livemoments run`, from a real file to the terminal, the sockets and the jsonl, and what it says of bad input."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -191,6 +192,53 @@ def taken_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+def test_for_ends_a_live_run_even_if_the_camera_has_gone(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        camera = start(stack, "bench.rtsp_server", "--port", "0", stdout=subprocess.PIPE)
+        assert camera.stdout is not None
+        url = camera.stdout.readline().strip()
+        words = [sys.executable, "-m", "livemoments", "run", url, "-q", "a ball", "--for", "5"]
+        watcher = stack.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+        assert watcher.stdout is not None and "connected" in watcher.stdout.readline()
+        camera.kill()
+        output, _ = watcher.communicate(timeout=30)
+    assert watcher.returncode == 0 and "reconnecting" in output and "frames decoded" in output
+
+
+def test_a_reader_that_leaves_does_not_cost_the_results(video: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.jsonl"
+    words = [sys.executable, "-m", "livemoments", "run", str(video), "-q", MAN, "--out", str(out)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    process.stderr.close()
+    assert len(read_jsonl(out, Prediction)[0].windows) == 1
+
+
+def test_results_go_into_a_device_or_a_new_file_and_never_over_the_video(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader.start()
+    assert main(["run", str(video), "-q", MAN, "--out", str(pipe)]) == 0
+    reader.join(10)
+    assert json.loads(received[0])["qid"] == 1 and pipe.is_fifo()
+    plain = tmp_path / ("x" * 250)
+    assert main(["run", str(video), "-q", MAN, "--out", str(plain)]) == 0
+    umask = os.umask(0)
+    os.umask(umask)
+    assert plain.stat().st_mode & 0o777 == 0o666 & ~umask
+    before = video.read_bytes()
+    capsys.readouterr()
+    assert "it is the video that is read" in refused(capsys, "run", str(video), "-q", MAN, "--out", str(video))
+    assert video.read_bytes() == before
+
+
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line that a command says before it gives up with exit code 2."""
     assert main(list(words)) == 2
@@ -214,6 +262,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["test:", "-q", "x", "--hop", "0.7"], "does not divide the 2 s window"),
         (["test:", "-q", "x", "--out", "/nowhere/found.jsonl"], "cannot write /nowhere/found.jsonl"),
         (["test:", "-q", "x", "--for", "-1"], "--for must be"),
+        (["test:", "-q", "\udcff"], "not text in UTF-8"),
+        (["~nosuchuser/x.mp4", "-q", "x"], "no such file"),
+        (["x" * 5000, "-q", "x"], "cannot read xxx"),
     ],
 )
 def test_bad_input_gets_one_line(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

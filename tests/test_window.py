@@ -68,6 +68,15 @@ def test_no_window_spans_an_interruption() -> None:
     assert [f.pts_ns // NS for f in windows[-1].frames] == [3, 4]
 
 
+def test_a_take_too_short_for_a_window_still_has_its_say() -> None:
+    """A slideshow, a camera of one picture in 4 s, a connection that lasts a second: every frame is looked at."""
+    windows = windows_of([0.5, 4.5, 8.5, 9.5])
+    assert [(w.index, len(w.frames), w.discontinuity) for w in windows] == [(0, 1, False), (4, 1, True), (8, 2, True)]
+    windower = Windower("cam", NS)
+    told = [w for t in (0, 1, 13, 20) for w in windower.push(frame(t, discontinuity=t == 20))] + windower.drain()
+    assert [f.pts_ns // NS for w in told for f in w.frames] == [0, 1, 13, 20]
+
+
 def test_a_stream_shorter_than_a_window_still_gets_one() -> None:
     (window,) = windows_of([0.2])
     assert window.start_ns == 0 and len(window.frames) == 1

@@ -29,6 +29,8 @@ MAX_PREDICTIONS = 10
 """The official mAP reads this many windows of a query, in the order listed."""
 LENGTHS_S = {"full": (0, math.inf), "long": (30, math.inf), "middle": (10, 30), "short": (0, 10)}
 """True windows in (first, second]. Officially "long" ends at 150 s, which is where those videos end."""
+LONGEST_S = 1e6
+"""Of a video: eleven days. Beyond, the number is wrong."""
 LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}
 """The least vote (0..4) of an annotator that makes a clip a highlight."""
 
@@ -48,6 +50,8 @@ class Truth:
     def parse(cls, line: dict[str, Any]) -> Self:
         """Of one line of jsonl; raises InputError."""
         duration = float(_array(line, "duration", ()))
+        if not 0 < duration <= LONGEST_S:
+            raise InputError(f"duration: must be above 0 and at most {LONGEST_S:g} s, got {duration:g}")
         windows, ids = _array(line, "relevant_windows", (-1, 2)), _array(line, "relevant_clip_ids", (-1,))
         if (windows[:, 0] >= windows[:, 1]).any():
             raise InputError(f"relevant_windows: a window ends before it starts: {windows.tolist()}")
@@ -105,6 +109,8 @@ def read_jsonl(path: Path, record: type[Record]) -> list[Record]:
             raise InputError(f"{path}:{number}: not JSON: {error.msg}") from None
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            raise InputError(f"{path}:{number}: cannot be read: {error}") from None
         records[parsed.qid] = parsed
     return list(records.values())
 

@@ -13,6 +13,7 @@ Two links tie events to each other and to the truth:
   that swallows two true windows matches one, and one that had been open for long before matches none.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -95,13 +96,14 @@ def streaming_scores(runs: Sequence[QueryRun], tolerance_s: float = TOLERANCE_S)
     """
     tallies = [_tally(run, tolerance_s) for run in runs]
     distances = np.array([tally.distances for tally in tallies if tally.distances])  # (queries, RANKS)
+    lengths = np.array([[run.duration_s] for run, tally in zip(runs, tallies, strict=True) if tally.distances])
     if not distances.size:
         raise ValueError("no true window in any run")
     true = sum(len(run.windows) for run in runs)
     hours = sum(run.duration_s for run in runs) / 3600
     return StreamingScores(
         sr=dict(zip(RANKS, (distances <= tolerance_s).mean(axis=0).tolist(), strict=True)),
-        smd_s=dict(zip(RANKS, distances.mean(axis=0).tolist(), strict=True)),
+        smd_s=dict(zip(RANKS, np.where(np.isinf(distances), lengths, distances).mean(axis=0).tolist(), strict=True)),
         sd_s=_mean([delay for tally in tallies for delay in tally.start_delays]),
         ed_s=_mean([delay for tally in tallies for delay in tally.end_delays]),
         recall=sum(tally.in_time for tally in tallies) / true,
@@ -115,7 +117,7 @@ def streaming_scores(runs: Sequence[QueryRun], tolerance_s: float = TOLERANCE_S)
 class _Tally:
     """What one run adds to the scores."""
 
-    distances: list[float] = field(default_factory=list)  # one per rank; none if the query never comes true
+    distances: list[float] = field(default_factory=list)  # a rank each, inf if silent; none if it never comes true
     start_delays: list[float] = field(default_factory=list)
     end_delays: list[float] = field(default_factory=list)
     in_time: int = 0
@@ -130,7 +132,7 @@ def _tally(run: QueryRun, tolerance_s: float) -> _Tally:
     if not windows:
         return tally
     nearest = [min(abs(m.opened.start_s - start) for start, _ in windows) for m in moments]
-    tally.distances = [min(nearest[:k], default=run.duration_s) for k in RANKS]
+    tally.distances = [min(nearest[:k], default=math.inf) for k in RANKS]
     for start, end in windows:
         timely = (m for m in moments if m.overlaps(start, end) and m.opened.publish_s >= start - tolerance_s)
         match = next(timely, None)
