@@ -105,7 +105,7 @@ def watch(
     queries = [make_query(engine, truth.query) for truth in truths]
     if len({query.id for query in queries}) < len(queries):
         raise InputError(f"{path.stem}: two of its queries are the same text: give each once")
-    video = open_source(parse_source(str(path)), hop_ns=hop_ns, pace="max")
+    video = open_source(parse_source(str(path)), hop_ns=hop_ns, pace="max", name=truths[0].vid)
     try:
         told: list[Event] = []
         session = Session(engine, video.name, hop_ns, options, recorded=True, tell=told.append)
