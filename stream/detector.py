@@ -10,7 +10,7 @@ from kernels.engine import Engine
 from kernels.errors import InputError
 from kernels.saliency import Calibration, saliency
 from stream.clock import slot_of
-from stream.types import Features, Query, Saliency, Vector, Window, normalise
+from stream.types import Features, Query, Saliency, Vector, Window, normalise, tidy
 
 
 def make_query(engine: Engine, text: str) -> Query:
@@ -19,8 +19,9 @@ def make_query(engine: Engine, text: str) -> Query:
     Raises:
         InputError: the text is empty, too long for the engine, or no text at all.
     """
-    text = " ".join(text.split())
     try:
+        text.encode()  # half a surrogate pair is not printable either, but it deserves a word
+        text = tidy(text)
         key = normalise(text).encode()
     except UnicodeEncodeError:
         raise InputError("the query is not text in UTF-8: check the terminal's encoding") from None

@@ -73,9 +73,14 @@ class Query:
     spread: float = 1.0  # standard deviation of the same
 
 
+def tidy(text: str) -> str:
+    """A query's text as it is shown: single spaces, and nothing that would steer somebody's terminal."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
 def normalise(text: str) -> str:
     """What two texts share when they are the same query, whatever their case and spacing."""
-    return " ".join(text.split()).lower()
+    return tidy(text).lower()
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,13 @@ def test_a_source_that_goes_away_closes_what_is_open_at_once(engine: Counting) -
 
 @pytest.mark.parametrize(
     ("one", "other", "same"),
-    [("A  dog\n", "a dog", True), ("a dog", "a dog runs", False), ("日本", "中国", False), ("x" * 50, "x" * 51, False)],
+    [
+        ("A  dog\n", "a dog", True),
+        ("a\x1b[2J dog", "a [2J dog", True),
+        ("a dog", "a dog runs", False),
+        ("日本", "中国", False),
+        ("x" * 50, "x" * 51, False),
+    ],
 )
 def test_a_query_id_comes_from_the_text_alone(engine: Counting, one: str, other: str, same: bool) -> None:
     ids = {make_query(engine, text).id for text in (one, other)}
