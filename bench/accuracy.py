@@ -134,10 +134,11 @@ def score(
     watched: Sequence[Watched], rows: Sequence[dict[str, Any]], hop_s: float, threshold: float
 ) -> dict[str, float | int | None]:
     """Every measure of the table, by name: shares in [0, 1], but percent for mr_*, hd_map and hit1, as is published."""
-    answered = [w for w in watched if len(w.truth.windows)]
+    # Row i is what query i said.
+    answered = [(w.truth, Prediction.parse(row)) for w, row in zip(watched, rows, strict=True) if len(w.truth.windows)]
     truths, scores = zip(*(w.hops(hop_s) for w in watched), strict=True)
     f1 = frame_f1(truths, scores, threshold)
-    official = evaluate([w.truth for w in answered], [Prediction.parse(row) for row in rows if _qid_in(row, answered)])
+    official = evaluate([truth for truth, _ in answered], [prediction for _, prediction in answered])
     streaming = streaming_scores([QueryRun(w.truth.windows, w.truth.duration, w.opened, w.closed) for w in watched])
     brief = official["brief"]
     return {
@@ -192,10 +193,6 @@ def _mean_known(values: Sequence[float] | NDArray[np.float64]) -> float | None:
     """Of those that are defined; None if none is."""
     known = [float(value) for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else None
-
-
-def _qid_in(row: dict[str, Any], watched: Sequence[Watched]) -> bool:
-    return any(row["qid"] == w.truth.qid for w in watched)
 
 
 def _print(console: Console, watched: Sequence[Watched], result: dict[str, float | int | None], hop_s: float) -> None:

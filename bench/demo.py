@@ -21,6 +21,7 @@ from rich.table import Table
 from bench.camera import clips_folder, free_port, serve, start, wait_for_port
 from bench.render import FPS, Kind, Segment, render
 from kernels.errors import InputError, LivemomentsError
+from stream.output import check_folder, write
 from stream.predictions import to_jsonl
 from stream.subscribe import listen
 
@@ -96,7 +97,7 @@ def splice() -> tuple[list[Segment], dict[str, Found]]:
 def save(folder: Path) -> None:
     """Write the video and its truth, for `livemoments bench accuracy`."""
     segments, found = splice()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder)
     render(segments, folder / f"{STREAM}.mp4")
     rows = []
     for qid, (text, query) in enumerate(found.items(), start=1):
@@ -113,7 +114,7 @@ def save(folder: Path) -> None:
                 "saliency_scores": [[4, 4, 4]] * len(clips),
             }
         )
-    (folder / f"{STREAM}.jsonl").write_text(to_jsonl(rows))
+    write(folder / f"{STREAM}.jsonl", to_jsonl(rows))
 
 
 def show(console: Console) -> dict[str, Found]:

@@ -129,9 +129,10 @@ def _listen(port: int, delivered: list[int]) -> None:
             except ConnectionError:
                 return  # the detector has closed: the measurement is over
             arrived_ns = time.time_ns()
-            if payload is None or (late_ms := json.loads(payload).get("data", {}).get("capture_to_publish_ms")) is None:
+            message = json.loads(payload or b"{}")
+            if (late_ms := message.get("data", {}).get("capture_to_publish_ms")) is None:
                 continue
-            published = datetime.fromisoformat(json.loads(payload)["time"]).timestamp()
+            published = datetime.fromisoformat(message["time"]).timestamp()
             delivered.append(arrived_ns - int(published * NS) + int(late_ms * 1e6))
 
 
