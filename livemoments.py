@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from kernels.errors import LivemomentsError
+from kernels.errors import InputError, LivemomentsError
 
 
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
@@ -24,6 +24,15 @@ def _subscribe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Cal
     return subscribe.run
 
 
+def _import_weights(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    try:
+        from trainer import import_weights
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs the package {error.name}: pip install 'livemoments[build]'") from None
+    import_weights.add_arguments(parser)
+    return import_weights.run
+
+
 def _bench(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
     from bench import cli
 
@@ -34,6 +43,7 @@ def _bench(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callabl
 COMMANDS = {
     "run": (_run, "watch one source for text queries and tell the moments as they come"),
     "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
+    "import-weights": (_import_weights, "bring published R2-Tuning weights into a checkpoint of this project"),
     "bench": (_bench, "measure accuracy on recorded videos and latency on a live stream"),
 }
 

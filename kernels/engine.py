@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,6 +26,23 @@ class Texts:
     spread: Vectors  # (N,) standard deviation of the same
 
 
+class Graph:
+    """One ONNX graph. Raises what ONNX Runtime raises, which has no common base, when it cannot be loaded."""
+
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
+        """threads: for one operator; 0 leaves the choice to ONNX Runtime (one per core)."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Without this a pool of threads spins between frames, one second apart, and keeps a core busy for nothing.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """All outputs by name. Inputs are not copied."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+
+
 class Engine:
     """A loaded bundle: weights only, no state. It may serve any number of streams from one thread.
 
@@ -41,15 +59,8 @@ class Engine:
         self.manifest: Manifest = load_manifest(folder)
         if self.manifest.target != "onnxruntime":
             raise BundleError(f"{folder} is built for {self.manifest.target}, which cannot be run yet")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Without this a pool of threads spins between frames, one second apart, and keeps a core busy for nothing.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._image, self._text = (
-                onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
-                for name in ("image.onnx", "text.onnx")
-            )
+            self._image, self._text = (Graph(folder / name, threads=threads) for name in ("image.onnx", "text.onnx"))
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # both libraries raise bare Exception for a file they cannot read
             line = str(error).splitlines()[0]
@@ -60,7 +71,7 @@ class Engine:
 
     def embed_crops(self, crops: Pixels) -> Vectors:
         """crops (N, size, size, 3) uint8 RGB -> (N, D)."""
-        return np.asarray(self._image.run(None, {"crops": crops})[0], dtype=np.float32)
+        return self._image(crops=crops)["pooled"]
 
     def embed_frames(self, frames: Sequence[Pixels]) -> Vectors:
         """frames: (H, W, 3) uint8 RGB each, of any sizes -> (N, D)."""
@@ -86,4 +97,4 @@ class Engine:
                 )
         tokens = np.array([e.ids for e in encoded], dtype=np.int64)  # (N, L)
         mask = np.array([e.attention_mask for e in encoded], dtype=np.int64)
-        return Texts(*self._text.run(["pooled", "level", "spread"], {"tokens": tokens, "mask": mask}))
+        return Texts(**self._text(tokens=tokens, mask=mask))

