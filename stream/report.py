@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -58,12 +60,17 @@ def print_event(console: Console, event: Event) -> None:
         Kind.CLOSED: (moment.start_ns, "■ closed", "cyan"),
     }[event.kind]
     until = f" to {clock(moment.end_ns)}" if moment.end_ns is not None else ""
-    text = Text(f"{clock(at)}{until:<12} ")
-    text.append(f"{line:<12}", style=style)
-    text.append(f" {event.query.text}  ")
-    text.append(f"{moment.score:.2f}  ", style="bold")
-    text.append(f"after {late}", style="dim")
-    console.print(text)
+    # Ready segments, not a Text, and wrapping left to the terminal: rich would measure every word and keep the widths
+    # of the last 4096, so that memory grew for most of an hour. In a pipe the line stays whole.
+    parts = [
+        Segment(f"{clock(at)}{until:<12} "),
+        Segment(f"{line:<12}", Style.parse(style)),
+        Segment(f" {event.query.text}  "),
+        Segment(f"{moment.score:.2f}  ", Style.parse("bold")),
+        Segment(f"after {late}", Style.parse("dim")),
+        Segment.line(),
+    ]
+    console.print(Segments(parts), soft_wrap=True)
 
 
 def clock(ns: int) -> str:

@@ -1,5 +1,6 @@
 """`livemoments run`, from a real file to the terminal, the sockets and the jsonl, and what it says of bad input."""
 
+import gc
 import json
 import os
 import shutil
@@ -8,11 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack
+from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
+import numpy as np
 import pytest
 
 from bench.camera import clips_folder, free_port, start, wait_for_port
@@ -25,10 +29,11 @@ from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
 from stream.publish import Sockets
+from stream.report import Terminal, print_event
 from stream.run import play
 from stream.session import Session
 from stream.sources import parse_source
-from stream.types import NS, Event
+from stream.types import NS, Event, Moment, Query
 from stream.types import Kind as EventKind
 from stream.websocket import Client
 from stream.zeromq import Subscriber
@@ -215,6 +220,27 @@ def test_a_reader_that_leaves_does_not_cost_the_results(video: Path, tmp_path: P
     assert process.wait(timeout=60) == 0, process.stderr.read()
     process.stderr.close()
     assert len(read_jsonl(out, Prediction)[0].windows) == 1
+
+
+def test_a_moment_is_one_whole_line_and_leaves_nothing_in_memory() -> None:
+    query = Query("q", "a man in a suit who is interviewed in front of a house with a door", np.zeros(4, np.float32))
+
+    def tell(paper: TextIO, numbers: range) -> None:
+        console = Terminal(file=paper, width=80, highlight=False)
+        for number in numbers:
+            moment = Moment("m", "cam", "q", number * NS, (number + 5) * NS, (number + 1) * NS, 0.75)
+            print_event(console, Event(EventKind.CLOSED, "cam", number, 0, 0, query, moment, 0.5, number * 1_000_000))
+
+    tell(paper := StringIO(), range(3))
+    assert len(paper.getvalue().splitlines()) == 3
+    with Path(os.devnull).open("w") as nowhere:
+        tell(nowhere, range(10))
+        tracemalloc.start()
+        tell(nowhere, range(10, 1010))
+        gc.collect()
+        kept = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    assert kept < 50_000  # bytes; rich's cache of word widths would keep twenty times that
 
 
 def test_results_go_into_a_device_or_a_new_file_and_never_over_the_video(
