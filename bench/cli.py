@@ -9,6 +9,7 @@ from kernels.errors import InputError
 MEASURES = {
     "accuracy": "recorded videos through the very code of `run`, scored on what was published when",
     "latency": "glass to event on a live RTSP stream, and what each stage takes of it",
+    "model": "what one window costs the model, beside the image tower and the published model",
     "soak": "the memory of a detector that watches a live stream for long",
 }
 """Each is a module of this package with `add_arguments` and `run`."""

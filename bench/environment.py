@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("livemoments", "numpy", "onnxruntime", "pyzmq", "websockets")
+PACKAGES = ("livemoments", "numpy", "onnxruntime", "pyzmq", "torch", "websockets")
 
 
 def environment() -> dict[str, Any]:
@@ -40,3 +40,11 @@ def _commit() -> str | None:
         ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=root, capture_output=True, text=True
     )
     return done.stdout.strip() or None
+
+
+def resident_mb(pid: int | str = "self") -> float:
+    """Resident memory of a process; of this one unless told otherwise."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/{pid}/status does not tell the resident memory")

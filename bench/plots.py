@@ -60,3 +60,22 @@ def plot_latency(event_ms: NDArray[np.float64], client_ms: NDArray[np.float64], 
     axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def plot_cost(queries: Sequence[int], cost: dict[str, list[float]], again: dict[str, float], path: Path) -> None:
+    """What a window costs over the number of queries, in image towers, beside running a whole buffer for each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
+    for (runtime, values), colour in zip(cost.items(), (FOUND, CURVE), strict=True):
+        axis.plot(queries, values, "o-", color=colour, label=f"causal window, {runtime}")
+        whole = [again[runtime] * number for number in queries]
+        axis.plot(queries, whole, ":", color=colour, label=f"published model again for each, {runtime}")
+    axis.axhline(1, color="grey", lw=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="queries on one stream", ylabel="image tower = 1")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

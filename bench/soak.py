@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from bench.camera import serve, start, street_scene
-from bench.environment import environment
+from bench.environment import environment, resident_mb
 from bench.latency import QUERIES
 from kernels.errors import InputError
 
@@ -58,7 +58,7 @@ def measure(seconds: float, console: Console) -> list[float]:
             time.sleep(EVERY_S)
             if detector.poll() is not None:
                 raise InputError(f"the detector ended by itself with exit code {detector.returncode}")
-            samples.append(_resident_mb(detector.pid))
+            samples.append(resident_mb(detector.pid))
     return samples
 
 
@@ -75,10 +75,3 @@ def summarise(samples: list[float]) -> dict[str, Any]:
         "growth": round(last / first - 1, 5),
         "rss_by_minute_mb": [round(value, 2) for value in samples[minute - 1 :: minute]],
     }
-
-
-def _resident_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise InputError(f"/proc/{pid}/status does not tell the resident memory")

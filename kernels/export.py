@@ -1,8 +1,10 @@
 """torch to ONNX, for the build half: any module whose inputs and outputs are plain tensors."""
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
 import torch
@@ -21,7 +23,10 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
         outputs: their names.
         axes: of the inputs; those left out keep the length of the example.
     """
-    shapes = tuple(dict(axes.get(name, {})) for name in inputs)
+    shapes: tuple[Any, ...] = tuple(dict(axes.get(name, {})) for name in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if kinds == [inspect.Parameter.VAR_POSITIONAL]:
+        shapes = (shapes,)  # torch counts *tensors as one argument
     # The exporter speaks of its own internals (deprecations, missing torchvision): nothing a user could act on.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

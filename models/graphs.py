@@ -1,127 +1,134 @@
 """R2 as functions of plain tensors, for export: state goes in and comes out, nothing mutable hides in a graph.
 
-    video.onnx   a window's backbone features      -> VideoMaps       once a stream and window
-    query.onnx   a text's backbone features        -> QueryMaps       once a query
-    step.onnx    maps, rings and counts of R rows  -> outputs and the new columns
+    video   a window's backbone features      -> VideoMaps       once a stream and window
+    query   a text's backbone features        -> QueryMaps       once a query
+    step    maps, rings and counts of R rows  -> outputs and the new columns
 
-The inputs of each graph are named as the arguments of its `forward`, its outputs as in OUTPUTS: what `video` and
-`query` give is what `step` takes. The axes that may have any length are in AXES. The export is `kernels.export`.
+What `video` and `query` give is what `step` takes, under the same names. What a depth step alone reads is a tensor of
+its own, numbered by its layer: taken together an engine would copy it apart again at every step.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.r2 import R2, QueryMaps, VideoMaps
-from models.temporal import TemporalState
+from models.r2 import R2, CausalOutputs, QueryMaps, VideoMaps, WordMaps
+from models.temporal import Columns, TemporalState
 
-OUTPUTS = {
-    "video": ("video_tokens", "video_projected", "video_embedding"),
-    "query": ("query_tokens", "query_projected", "query_keys", "query_values", "query_pooled", "query_embedding"),
-    "step": ("logits", "distances", "saliency", "new_keys", "new_values", "new_history"),
+_VIDEO = {"video_tokens": ("streams", None, "patches"), "video_embedding": ("streams",)}
+_WORDS = {
+    "word_tokens": ("rows", "words"),
+    "word_pooling": ("rows", "words"),
+    "word_keys": ("rows", None, "words"),
+    "word_values": ("rows", None, "words"),
 }
-AXES: dict[str, dict[str, dict[int, str]]] = {
-    "video": {"layers": {0: "windows", 2: "patches"}, "embedding": {0: "windows"}},
-    "query": {"layers": {0: "rows", 2: "words"}, "embedding": {0: "rows"}, "mask": {0: "rows", 1: "words"}},
-    "step": {
-        "video_tokens": {0: "streams", 2: "patches"},
-        "video_projected": {0: "streams", 2: "patches"},
-        "video_embedding": {0: "streams"},
-        "row_stream": {0: "rows"},
-        "query_tokens": {0: "rows", 2: "words"},
-        "query_projected": {0: "rows", 2: "words"},
-        "query_keys": {0: "rows", 2: "words"},
-        "query_values": {0: "rows", 2: "words"},
-        "query_mask": {0: "rows", 1: "words"},
-        "query_pooled": {0: "rows"},
-        "query_embedding": {0: "rows"},
-        "keys": {0: "rows"},
-        "values": {0: "rows"},
-        "history": {0: "rows"},
-        "count": {0: "rows"},
-    },
-}
+_QUERY = {"query_bias": ("rows", "words"), "query_pooled": ("rows",), "query_embedding": ("rows",)}
+_OUTPUTS = ("logits", "distances", "saliency")
 
 
-class VideoGraph(nn.Module):
-    """`R2.video_maps`."""
+class Graph(NamedTuple):
+    """What `kernels.export.export` takes."""
 
+    module: nn.Module
+    inputs: Mapping[str, Tensor]  # random examples
+    outputs: Sequence[str]
+    axes: Mapping[str, Mapping[int, str]]  # of the inputs, those that may have any length
+
+
+def graphs(model: R2, patches: int) -> dict[str, Graph]:
+    """The graphs of a causal model, by name, traced at a few rows and `patches` patches."""
+    c, streams, rows, words = model.config, 2, 3, 5
+    video = torch.randn(streams, c.depth, 1 + patches, c.video_width), torch.randn(streams, c.embedding)
+    texts = torch.randn(rows, c.depth, words, c.text_width), torch.randn(rows, c.embedding)
+    mask = torch.ones(rows, words, dtype=torch.bool)
+    with torch.no_grad():
+        maps, query = model.video_maps(*video), model.query_maps(*texts, mask)
+    state = model.new_state(rows)
+    state.count[:] = torch.arange(rows)
+    axes = step_axes(c.depth)
+    query_names = [name for name in axes if name.startswith(("word_", "query_"))]
+    return {
+        "video": Graph(
+            _Video(model),
+            dict(zip(("layers", "embedding"), video, strict=True)),
+            tuple(_VIDEO),
+            {"layers": {0: "streams", 2: "patches"}, "embedding": {0: "streams"}},
+        ),
+        "query": Graph(
+            _Query(model),
+            dict(zip(("layers", "embedding", "mask"), (*texts, mask), strict=True)),
+            query_names,
+            {"layers": {0: "rows", 2: "words"}, "embedding": {0: "rows"}, "mask": {0: "rows", 1: "words"}},
+        ),
+        "step": Graph(
+            _Step(model),
+            dict(zip(axes, step_inputs(maps, torch.arange(rows) % streams, query, state), strict=True)),
+            [*_OUTPUTS, *_each(("new_keys", "new_values"), c.depth), "new_history"],
+            axes,
+        ),
+    }
+
+
+def step_axes(depth: int) -> dict[str, dict[int, str]]:
+    """The inputs of `step` in their order, and which of their axes may have any length."""
+    words = {f"{name}_{k}": axes for k in range(depth) for name, axes in _WORDS.items()}
+    rings = dict.fromkeys([*_each(("keys", "values"), depth), "history", "count"], ("rows",))
+    named = _VIDEO | {"row_stream": ("rows",)} | words | _QUERY | rings
+    return {name: {i: axis for i, axis in enumerate(axes) if axis} for name, axes in named.items()}
+
+
+def step_inputs(video: VideoMaps, row_stream: Tensor, query: QueryMaps, state: TemporalState) -> tuple[Tensor, ...]:
+    """The arguments of `R2.step` as the inputs of its graph."""
+    return *video, row_stream, *_flat(query), *state.tensors
+
+
+def step_columns(outputs: Mapping[str, Tensor], depth: int) -> Columns:
+    """The columns among the outputs of `step`, by name."""
+    keys, values = (tuple(outputs[f"{name}_{k}"] for k in range(depth)) for name in ("new_keys", "new_values"))
+    return Columns(keys, values, outputs["new_history"])
+
+
+class _Video(nn.Module):
     def __init__(self, model: R2) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, layers: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        """layers (S, K, 1+P, width), embedding (S, D)."""
         return tuple(self.model.video_maps(layers, embedding))
 
 
-class QueryGraph(nn.Module):
-    """`R2.query_maps`."""
-
+class _Query(nn.Module):
     def __init__(self, model: R2) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, layers: Tensor, embedding: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        """layers (R, K, L, width), embedding (R, D), mask (R, L) bool."""
-        maps = self.model.query_maps(layers, embedding, mask)
-        return maps.tokens, maps.projected, maps.keys, maps.values, maps.pooled, maps.embedding
+        return _flat(self.model.query_maps(layers, embedding, mask))
 
 
-class StepGraph(nn.Module):
-    """`R2.step`."""
-
+class _Step(nn.Module):
     def __init__(self, model: R2) -> None:
         super().__init__()
         self.model = model
 
-    def forward(
-        self,
-        video_tokens: Tensor,
-        video_projected: Tensor,
-        video_embedding: Tensor,
-        row_stream: Tensor,
-        query_tokens: Tensor,
-        query_projected: Tensor,
-        query_keys: Tensor,
-        query_values: Tensor,
-        query_mask: Tensor,
-        query_pooled: Tensor,
-        query_embedding: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        history: Tensor,
-        count: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Shapes as in `VideoMaps` (S first), `QueryMaps` and `TemporalState` (R first)."""
-        video = VideoMaps(video_tokens, video_projected, video_embedding)
-        query = QueryMaps(
-            query_tokens, query_projected, query_keys, query_values, query_mask, query_pooled, query_embedding
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        depth, given = self.model.config.depth, iter(tensors)
+        video, row_stream = VideoMaps(next(given), next(given)), next(given)
+        words = tuple(WordMaps(*(next(given) for _ in _WORDS)) for _ in range(depth))
+        query = QueryMaps(words, next(given), next(given), next(given))
+        keys, values = ([next(given) for _ in range(depth)] for _ in range(2))
+        outputs: CausalOutputs
+        outputs, columns = self.model.step(
+            video, row_stream, query, TemporalState(keys, values, next(given), next(given))
         )
-        outputs, columns = self.model.step(video, row_stream, query, TemporalState(keys, values, history, count))
-        return outputs.logits, outputs.distances, outputs.saliency, *columns
+        return outputs.logits, outputs.distances, outputs.saliency, *columns.keys, *columns.values, columns.history
 
 
-def graphs(model: R2) -> dict[str, nn.Module]:
-    """The modules to export, by name."""
-    return {"video": VideoGraph(model), "query": QueryGraph(model), "step": StepGraph(model)}
+def _flat(query: QueryMaps) -> tuple[Tensor, ...]:
+    return *(tensor for words in query.words for tensor in words), query.bias, query.pooled, query.embedding
 
 
-def examples(model: R2, patches: int, *, streams: int = 2, rows: int = 3, words: int = 5) -> dict[str, dict[str, Any]]:
-    """Random inputs of every graph, by graph and argument: what an export traces."""
-    c, k = model.config, model.config.depth
-    like = torch.randn
-    video = like(streams, k, 1 + patches, c.video_width), like(streams, c.embedding)
-    mask = torch.ones(rows, words, dtype=torch.bool)
-    query = like(rows, k, words, c.text_width), like(rows, c.embedding), mask
-    with torch.no_grad():
-        maps, asked = model.video_maps(*video), model.query_maps(*query)
-    state = model.new_state(rows)
-    state.count[:] = torch.arange(rows)
-    step = (*maps, torch.arange(rows) % streams, *asked, state.keys, state.values, state.history, state.count)
-    # The query's mask goes in beside its maps, in the order of `StepGraph.forward`.
-    return {
-        name: dict(zip(AXES[name], values, strict=True))
-        for name, values in (("video", video), ("query", query), ("step", step))
-    }
+def _each(names: Sequence[str], depth: int) -> list[str]:
+    return [f"{name}_{k}" for name in names for k in range(depth)]

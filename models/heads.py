@@ -14,9 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 Earlier = Callable[[slice, Tensor, int], Tensor]
-"""(part of the remembered column, the same for all windows (B, T, part), lag) -> what it was `lag` windows ago."""
+"""(part of the remembered column, what it is now (.., part), lag) -> what it was `lag` windows ago, (.., part)."""
 
 _OUTPUTS = 3  # class logit, log distance to the start, log distance to the end
+
+
+class _Conv(nn.Module):
+    """A convolution over time whose weight lies as a step reads it: (outputs, taps, inputs)."""
+
+    def __init__(self, inputs: int, outputs: int, taps: int) -> None:
+        super().__init__()
+        like = nn.Conv1d(inputs, outputs, taps)
+        assert like.bias is not None
+        self.weight = nn.Parameter(like.weight.detach().transpose(1, 2).contiguous())
+        self.bias = nn.Parameter(like.bias.detach())
+
+    def whole(self, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+        """(B, T, inputs) -> (B, .., outputs)."""
+        return F.conv1d(x.mT, self.weight.transpose(1, 2), self.bias, stride, padding).mT
+
+    def forward(self, taps: Tensor) -> Tensor:
+        """Inputs that were already found, oldest first, (.., taps inputs) -> (.., outputs)."""
+        return F.linear(taps, self.weight.flatten(1), self.bias)
 
 
 class _Level(nn.Module):
@@ -26,13 +45,19 @@ class _Level(nn.Module):
         super().__init__()
         self.stride = stride
         depth = stride.bit_length() - 1
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, 2, stride=2) for _ in range(depth))
+        self.convs = nn.ModuleList(_Conv(width, width, 2) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+
+    def steps(self) -> Iterator[tuple[int, _Conv, nn.Module]]:
+        """Dilation, convolution and norm, in order."""
+        for place, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            assert isinstance(conv, _Conv)
+            yield 2**place, conv, norm
 
     def whole(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T // stride, C)."""
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x.mT).mT))
+        for _, conv, norm in self.steps():
+            x = F.relu(norm(conv.whole(x, stride=2)))
         return x
 
 
@@ -41,17 +66,20 @@ class _Head(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.hidden = nn.Conv1d(width, width, 3, padding=1)
-        self.out = nn.Conv1d(width, outputs, 3, padding=1)
+        self.hidden, self.out = _Conv(width, width, 3), _Conv(width, outputs, 3)
 
     def whole(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, outputs)."""
-        y: Tensor = self.out(F.relu(self.hidden(x.mT))).mT
-        return y
+        return self.out.whole(F.relu(self.hidden.whole(x, padding=1)), padding=1)
+
+    def products(self, taps: Tensor) -> Tensor:
+        """taps (.., 3 C) -> what each tap of the last convolution makes of them, oldest first, (.., outputs, 3)."""
+        hidden = F.relu(self.hidden(taps))
+        return F.linear(hidden, self.out.weight.flatten(0, 1)).view(*taps.shape[:-1], -1, 3)
 
 
 class Heads(nn.Module):
-    """(B, T, C) -> how likely each window is inside a moment, and how far away the moment's start and end are."""
+    """(.., T, C) -> how likely each window is inside a moment, and how far away the moment's start and end are."""
 
     def __init__(self, width: int, strides: tuple[int, ...]) -> None:
         super().__init__()
@@ -61,6 +89,8 @@ class Heads(nn.Module):
         self.scales = nn.Parameter(torch.ones(len(strides)))
         self.lags = sorted({lag for s in strides for lag in (s // 2, s, 2 * s) if lag})
         """How far back a step looks: a convolution of dilation s / 2, the heads' taps s and 2 s."""
+        self.factors = nn.Buffer(torch.tensor(strides, dtype=torch.float32), persistent=False)
+        self.arrivals = nn.Buffer(self._arrivals(), persistent=False)
 
     @property
     def reach(self) -> int:
@@ -85,53 +115,40 @@ class Heads(nn.Module):
         return logits, [self.locate.whole(x).exp() * scale * stride for x, scale, stride in factors]
 
     def causal(self, hidden: Tensor, earlier: Earlier) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (B, T, C) -> logits (B, T, S), distances (B, T, S, 2) in windows, columns to remember (B, T, E).
+        """hidden (.., C) -> logits (.., S), distances (.., S, 2) in windows, columns to remember (.., E).
 
-        One body serves all windows at once and one at a time: what differs is where `earlier` finds the past.
+        One body serves all windows at once, (B, T, C), and one at a time, (R, C): what differs is where `earlier` finds
+        the past.
         """
-        columns, at = [hidden], self.width
-        taps = []
+        columns, taps = [hidden], []
         for level in self._levels():
             x, part = hidden, slice(0, self.width)
-            for i, (conv, norm) in enumerate(zip(level.convs, level.norms, strict=True)):
-                assert isinstance(conv, nn.Conv1d)
-                x = F.relu(norm(_taps((earlier(part, x, 2**i), x), conv)))
-                part, at = slice(at, at + self.width), at + self.width
+            for dilation, conv, norm in level.steps():
+                x, at = F.relu(norm(conv(torch.cat([earlier(part, x, dilation), x], -1)))), len(columns) * self.width
+                part = slice(at, at + self.width)
                 columns.append(x)
-            taps.append(torch.stack([earlier(part, x, 2 * level.stride), earlier(part, x, level.stride), x], -1))
-        inputs = torch.stack(taps, -3).flatten(-2)  # (B, T, S, 3 C): the heads are shared by all levels
+            taps += [earlier(part, x, 2 * level.stride), earlier(part, x, level.stride), x]
+        # The heads are shared by all levels: (.., S, 3 C).
+        inputs = torch.cat(taps, -1).view(*hidden.shape[:-1], len(self.strides), 3 * self.width)
         # The last convolution has three outputs: what its taps multiply is remembered as products, not as inputs.
-        products = torch.cat([_products(inputs, head) for head in (self.classify, self.locate)], -2)  # (B, T, S, 3, 3)
-        columns.append(products[..., :2].flatten(2))
-        parts = []
-        for i, stride in enumerate(self.strides):
-            part = slice(at, at + _OUTPUTS * 2)
-            mine = columns[-1][..., i * _OUTPUTS * 2 : (i + 1) * _OUTPUTS * 2]
-            second, first = earlier(part, mine, 2 * stride), earlier(part, mine, stride)
-            at += _OUTPUTS * 2
-            parts.append(
-                products[:, :, i, :, 2]
-                + first.view(*first.shape[:-1], _OUTPUTS, 2)[..., 1]
-                + second.view(*second.shape[:-1], _OUTPUTS, 2)[..., 0]
-            )
-        biases = [head.out.bias for head in (self.classify, self.locate)]
-        out = torch.stack(parts, 2) + torch.cat([bias for bias in biases if bias is not None])  # (B, T, S, 3)
-        factor = self.scales * torch.tensor(self.strides, dtype=out.dtype, device=out.device)
-        return out[..., 0], out[..., 1:].exp() * factor[:, None], torch.cat(columns, -1)
+        products = torch.cat([self.classify.products(inputs), self.locate.products(inputs)], -2)  # (.., S, 3, 3)
+        second, first, now = products.unbind(-1)  # (.., S, 3): due 2 s and s windows later, and now
+        due = torch.cat([second, first], -1).flatten(-2)
+        part = slice(len(columns) * self.width, self.column)
+        came = F.linear(torch.cat([earlier(part, due, lag) for lag in self.lags], -1), self.arrivals)
+        raw = now + came.view(now.shape) + torch.cat([self.classify.out.bias, self.locate.out.bias])
+        return raw[..., 0], raw[..., 1:].exp() * (self.scales * self.factors)[:, None], torch.cat([*columns, due], -1)
+
+    def _arrivals(self) -> Tensor:
+        """(S 3, lags S 6) of zeros and ones: which of the products remembered from which lag each output takes in."""
+        picked = torch.zeros(len(self.strides), _OUTPUTS, len(self.lags), len(self.strides), 2, _OUTPUTS)
+        for level, stride in enumerate(self.strides):
+            for tap, lag in enumerate((2 * stride, stride)):
+                for output in range(_OUTPUTS):
+                    picked[level, output, self.lags.index(lag), level, tap, output] = 1.0
+        return picked.flatten(2).flatten(0, 1)
 
     def _levels(self) -> Iterator[_Level]:
         for level in self.levels:
             assert isinstance(level, _Level)
             yield level
-
-
-def _taps(inputs: tuple[Tensor, ...], conv: nn.Conv1d) -> Tensor:
-    """A convolution whose inputs, (.., C) each, oldest first, were already found."""
-    return F.linear(torch.stack(inputs, -1).flatten(-2), conv.weight.flatten(1), conv.bias)
-
-
-def _products(inputs: Tensor, head: _Head) -> Tensor:
-    """inputs (.., 3 C) -> what each tap of the head's last convolution gives, oldest first: (.., outputs, 3)."""
-    hidden = F.relu(F.linear(inputs, head.hidden.weight.flatten(1), head.hidden.bias))
-    weight = head.out.weight.transpose(1, 2).flatten(0, 1)  # (outputs 3, C)
-    return F.linear(hidden, weight).view(*inputs.shape[:-1], -1, 3)

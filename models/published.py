@@ -63,6 +63,8 @@ def from_published(weights: Mapping[str, Tensor], name: str) -> R2:
     """
     plain = {key.removeprefix("module."): value for key, value in weights.items()}
     renamed = {_renamed(key): value for key, value in plain.items() if not key.startswith("loss.")}
+    # Only convolutions have three axes, (outputs, inputs, taps); ours lie as (outputs, taps, inputs).
+    renamed = {key: value.transpose(1, 2) if value.ndim == 3 else value for key, value in renamed.items()}
     try:
         config = _config(renamed)
     except (KeyError, IndexError) as error:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from models.errors import ModelError
-from models.heads import Heads
-from models.temporal import Attention, Columns, TemporalState, ring_ages, rolled, sinusoids, unrolled
+from models.heads import Earlier, Heads
+from models.temporal import Attention, Columns, TemporalState, rolled, sinusoids, unrolled
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,23 @@ class VideoMaps(NamedTuple):
     """What of a window does not depend on the query: computed once a stream, kept for backfill."""
 
     tokens: Tensor  # (.., K, 1+P, C): CLS and patches
-    projected: Tensor  # (.., K, 1+P, C): the keys W_v of the spatial pooling
     embedding: Tensor  # (.., D), unit norm
+
+
+class WordMaps(NamedTuple):
+    """A query as one depth step reads it."""
+
+    tokens: Tensor  # (B, L, C), -inf on padding, which therefore never is the largest
+    pooling: Tensor  # (B, L, C): what the spatial pooling asks the tokens of a window
+    keys: Tensor  # (B, H, L, C / H), of the cross-attention
+    values: Tensor  # (B, H, L, C / H)
 
 
 class QueryMaps(NamedTuple):
     """What of a query does not depend on the video: computed once when it is subscribed."""
 
-    tokens: Tensor  # (B, K, L, C)
-    projected: Tensor  # (B, K, L, C): the queries W_q of the spatial pooling
-    keys: Tensor  # (B, K, L, C), of the cross-attention
-    values: Tensor  # (B, K, L, C)
-    mask: Tensor  # (B, L) bool, false on padding
+    words: tuple[WordMaps, ...]  # K
+    bias: Tensor  # (B, L): 0 on words, -inf on padding
     pooled: Tensor  # (B, C)
     embedding: Tensor  # (B, D), unit norm
 
@@ -125,11 +130,11 @@ class _TemporalLayer(nn.Module):
         self.expand, self.contract = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
 
     def forward(
-        self, x: Tensor, query: QueryMaps, k: int, attend: Callable[[Tensor], Tensor], place: Tensor | None
+        self, x: Tensor, words: WordMaps, bias: Tensor, attend: Callable[[Tensor], Tensor], place: Tensor | None
     ) -> Tensor:
-        """x (B, T, C); `attend` mixes it over time; `place` is added to what asks the words, never to values."""
-        asking = self.cross.query(x if place is None else x + place)
-        x = self.norm_cross(x + self.cross.whole(asking, query.keys[:, k], query.values[:, k], query.mask))
+        """x (B, T, C) or (R, C); `attend` mixes it over time; `place` is added to what asks the words."""
+        asking = x if place is None else x + place
+        x = self.norm_cross(x + self.cross.whole(asking, words.keys, words.values, bias))
         x = self.norm_time(x + attend(x))
         y: Tensor = self.norm_feed_forward(x + self.contract(F.relu(self.expand(x))))
         return y
@@ -173,32 +178,36 @@ class R2(nn.Module):
 
     def video_maps(self, layers: Tensor, embedding: Tensor) -> VideoMaps:
         """layers (.., K, 1+P, width), embedding (.., D) -> maps of the same leading axes. Causal only."""
-        tokens = self.map_video(layers)
-        return VideoMaps(tokens, self.project_video(tokens), F.normalize(embedding, dim=-1))
+        return VideoMaps(self.map_video(layers), F.normalize(embedding, dim=-1))
 
     def query_maps(self, layers: Tensor, embedding: Tensor, mask: Tensor) -> QueryMaps:
-        """layers (B, K, L, width), embedding (B, D), mask (B, L) bool -> maps."""
-        tokens = torch.stack([self.map_query(layer) for layer in layers.unbind(1)], 1)
+        """layers (B, K, L, width), embedding (B, D), mask (B, L) bool, false on padding -> maps."""
+        tokens = [self.map_query(layer) for layer in layers.unbind(1)]
+        bias = torch.zeros_like(mask, dtype=layers.dtype).masked_fill(~mask, float("-inf"))
         # The heads see the query of the last step, which reads the first of the K layers.
-        weight = self.word_weight(tokens[:, 0]).masked_fill(~mask[..., None], float("-inf")).softmax(1)
+        weight = (self.word_weight(tokens[0]) + bias[..., None]).softmax(1)
+        pooled = (weight * tokens[0]).sum(1)
         return QueryMaps(
-            tokens=tokens,
-            projected=self.project_query(tokens) * self.config.width**-0.5,
-            keys=self.layer.cross.key(tokens),
-            values=self.layer.cross.value(tokens),
-            mask=mask,
-            pooled=(weight * tokens[:, 0]).sum(1),
-            embedding=F.normalize(embedding, dim=-1),
+            tuple(self._words(each, bias) for each in tokens), bias, pooled, F.normalize(embedding, dim=-1)
         )
+
+    def _words(self, tokens: Tensor, bias: Tensor) -> WordMaps:
+        cross = self.layer.cross
+        # (W_q q) (W_v v)^T = ((W_q q) W_v) v^T, and what v's bias adds is the same for all of v, so the softmax drops
+        # it: the video needs no projection of its own.
+        pooling = self.project_query(tokens) @ self.project_video.weight * self.config.width**-0.5
+        keys, values = (cross.split(each(tokens)) for each in (cross.key, cross.value))
+        return WordMaps(tokens + bias[..., None], pooling, keys.contiguous(), values.contiguous())
 
     # -- the causal mode
 
     def new_state(self, rows: int) -> TemporalState:
         """Empty rings for `rows` slots."""
         c, like = self.config, self.pooling
-        ring = like.new_zeros(rows, c.depth, c.window, c.width)
+        shape = rows, c.heads, c.window, c.width // c.heads
+        keys, values = ([like.new_zeros(shape) for _ in range(c.depth)] for _ in range(2))
         history = like.new_zeros(rows, self.heads.reach, self.heads.column)
-        return TemporalState(ring, ring.clone(), history, torch.zeros(rows, dtype=torch.int64, device=like.device))
+        return TemporalState(keys, values, history, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
     def step(
         self, video: VideoMaps, row_stream: Tensor, query: QueryMaps, state: TemporalState
@@ -214,30 +223,27 @@ class R2(nn.Module):
             query: maps of R queries.
             state: of R rows.
         """
-        age, present = ring_ages(state.count, self.config.window)
         attention, new_keys, new_values = self.layer.time, [], []
+        turn = attention.turn(state.count, self.config.window)
+        rows, depth = torch.arange(state.count.shape[0], device=state.count.device), self.config.depth
+        # One copy a depth step, of what the rows of a stream share; all K at once would not stay in the cache.
+        tokens = video.tokens.flatten(0, 1)
 
         def attend(k: int, x: Tensor) -> Tensor:
-            x = x[:, 0]
-            key, value = attention.key(x), attention.value(x)
+            mixed, key, value = attention.ring(x, state.keys[k], state.values[k], turn)
             new_keys.append(key)
             new_values.append(value)
-            past = state.keys[:, k], state.values[:, k]
-            return attention.ring(attention.query(x), key, value, *past, age, present)[:, None]
+            return mixed
 
-        lag = torch.tensor(self.heads.lags, device=state.count.device)
-        rows = torch.arange(state.count.shape[0], device=state.count.device)[:, None]
-        seen = state.history[rows, (state.count[:, None] - lag) % self.heads.reach]  # (R, lags, E)
-        seen = torch.where((lag <= state.count[:, None])[..., None], seen, 0.0)
-
-        def earlier(part: slice, _now: Tensor, lag: int) -> Tensor:
-            return seen[:, None, self.heads.lags.index(lag), part]
-
-        tokens, projected = (maps[row_stream, None] for maps in (video.tokens, video.projected))
-        hidden = self._refine(tokens, projected, query, attend, None)
-        outputs, history = self._judge(hidden, video.embedding[row_stream, None], query, earlier)
-        columns = Columns(torch.stack(new_keys[::-1], 1), torch.stack(new_values[::-1], 1), history[:, 0])
-        return CausalOutputs(*(each[:, 0] for each in outputs)), columns
+        lags = torch.tensor(self.heads.lags, device=rows.device)
+        slots = (state.count[:, None] - lags) % self.heads.reach
+        seen = dict(zip(self.heads.lags, state.history[rows[:, None], slots].unbind(1), strict=True))
+        hidden = self._refine(lambda k: tokens.index_select(0, row_stream * depth + k), query, attend, None)
+        embedding = video.embedding.index_select(0, row_stream)
+        outputs, history = self._judge(
+            hidden, embedding, query.pooled, query.embedding, lambda part, _now, lag: seen[lag][:, part]
+        )
+        return outputs, Columns(tuple(new_keys[::-1]), tuple(new_values[::-1]), history)
 
     def prefill(
         self, video: VideoMaps, query: QueryMaps, state: TemporalState | None = None
@@ -256,35 +262,35 @@ class R2(nn.Module):
         new_keys, new_values = [], []
 
         def attend(k: int, x: Tensor) -> Tensor:
-            keys = torch.cat([unrolled(state.keys[:, k], state.count), attention.key(x)], 1)
-            values = torch.cat([unrolled(state.values[:, k], state.count), attention.value(x)], 1)
-            new_keys.append(rolled(keys[:, -band:], count))
-            new_values.append(rolled(values[:, -band:], count))
-            return attention.banded(attention.query(x), keys, values, state.count, band)
+            past = attention.recalled(state.keys[k], state.values[k], state.count)
+            now = attention.key(x), attention.value(x)
+            keys, values = (torch.cat(pair, 1) for pair in zip(past, now, strict=True))
+            ring = attention.ringed(keys[:, -band:], values[:, -band:], count)
+            new_keys.append(ring[0])
+            new_values.append(ring[1])
+            return attention.banded(x, keys, values, state.count, band)
 
         past = unrolled(state.history, state.count)
 
         def earlier(part: slice, now: Tensor, lag: int) -> Tensor:
             return torch.cat([past[:, -lag:, part], now], 1)[:, :length]
 
-        hidden = self._refine(video.tokens, video.projected, query, attend, None)
-        outputs, history = self._judge(hidden, video.embedding, query, earlier)
-        final = TemporalState(
-            torch.stack(new_keys[::-1], 1),
-            torch.stack(new_values[::-1], 1),
-            rolled(torch.cat([past, history], 1)[:, -reach:], count),
-            count,
+        hidden = self._refine(lambda k: video.tokens[:, :, k], query, attend, None)
+        outputs, history = self._judge(
+            hidden, video.embedding, query.pooled[:, None], query.embedding[:, None], earlier
         )
-        return outputs, final
+        history = rolled(torch.cat([past, history], 1)[:, -reach:], count)
+        return outputs, TemporalState(new_keys[::-1], new_values[::-1], history, count)
 
     def _judge(
-        self, hidden: Tensor, embedding: Tensor, query: QueryMaps, earlier: Callable[[slice, Tensor, int], Tensor]
+        self, hidden: Tensor, embedding: Tensor, pooled: Tensor, asked: Tensor, earlier: Earlier
     ) -> tuple[CausalOutputs, Tensor]:
+        """hidden (.., C) and embedding (.., D) of the video, pooled and asked of the query, of axes that fit them."""
         logits, distances, history = self.heads.causal(hidden, earlier)
-        saliency = logits.amax(-1).sigmoid() * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
+        saliency = logits.amax(-1).sigmoid() * F.cosine_similarity(hidden, pooled, dim=-1)
         if self.config.embedding:
             # Without this a query unlike those of the training could fare worse than with the bare backbone.
-            saliency = saliency + self.zero_shot * (embedding * query.embedding[:, None]).sum(-1)
+            saliency = saliency + self.zero_shot * (embedding * asked).sum(-1)
         return CausalOutputs(hidden, logits, distances, saliency), history
 
     # -- the published mode
@@ -296,12 +302,14 @@ class R2(nn.Module):
         ends = torch.stack([begin, begin + 1 / length], -1)[:, None, None].expand(*layers.shape[:-1], 2)
         tokens = torch.stack([self.map_video(layer) for layer in torch.cat([layers, ends], -1).unbind(2)], 2)
         place, attention = sinusoids(length, self.config.width, layers.device), self.layer.time
+        bias = None if mask is None else torch.zeros_like(mask, dtype=layers.dtype).masked_fill(~mask, float("-inf"))
 
         def attend(_k: int, x: Tensor) -> Tensor:
             placed = x + place
-            return attention.whole(attention.query(placed), attention.key(placed), attention.value(x), mask)
+            keys, values = attention.split(attention.key(placed)), attention.split(attention.value(x))
+            return attention.whole(placed, keys, values, bias)
 
-        hidden = self._refine(tokens, self.project_video(tokens), query, attend, place)
+        hidden = self._refine(lambda k: tokens[:, :, k], query, attend, place)
         logits, distances = self.heads.whole(hidden)
         best = torch.stack([_stretched(logit.sigmoid(), length) for logit in logits]).amax(0)
         saliency = best * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
@@ -311,23 +319,26 @@ class R2(nn.Module):
 
     def _refine(
         self,
-        tokens: Tensor,
-        projected: Tensor,
+        tokens: Callable[[int], Tensor],
         query: QueryMaps,
         attend: Callable[[int, Tensor], Tensor],
         place: Tensor | None,
     ) -> Tensor:
-        """The recurrence over depth (section 3.2 and 3.3 of the paper): (B, T, K, 1+P, C) -> hidden (B, T, C)."""
+        """The recurrence over depth (sections 3.2 and 3.3 of the paper) -> hidden, (B, T, C) or (R, C).
+
+        `tokens(k)` are the window's of layer k, (B, T, 1+P, C) or (R, 1+P, C); `attend(k, x)` mixes x over time.
+        """
         hidden: Tensor | None = None
+        scales, shares = self.pooling.tanh(), self.gate.sigmoid()
         for k in reversed(range(self.config.depth)):
-            scores = query.projected[:, None, k] @ projected[:, :, k].mT  # (B, T, L, 1+P)
-            words = scores.softmax(-1) @ tokens[:, :, k] + query.tokens[:, None, k]  # (B, T, L, C)
-            best = words.masked_fill(~query.mask[:, None, :, None], float("-inf")).amax(2)
-            pooled = tokens[:, :, k, 0] + self.pooling[k].tanh() * best
-            if hidden is not None:
-                share = self.gate[k].sigmoid()
-                pooled = share * pooled + (1 - share) * hidden
-            hidden = self.layer(pooled, query, k, lambda x, k=k: attend(k, x), place)
+            words, video = query.words[k], tokens(k)
+            asking, names = words.pooling, words.tokens
+            if video.ndim == 4:
+                asking, names = asking[:, None], names[:, None]
+            best = ((asking @ video.mT).softmax(-1) @ video + names).amax(-2)  # over the words
+            pooled = video[..., 0, :] + scales[k] * best
+            hidden = pooled if hidden is None else shares[k] * pooled + (1 - shares[k]) * hidden
+            hidden = self.layer(hidden, words, query.bias, lambda x, k=k: attend(k, x), place)
         assert hidden is not None
         return hidden.relu()  # the pyramid's first level does it in place, so every reader sees it
 

@@ -56,7 +56,7 @@ def compare(path: Path) -> dict[str, float]:
     assert isinstance(outputs, ClipOutputs)
     ours = {
         "hidden": outputs.hidden,
-        "query_last": query.tokens[:, 0],
+        "query_last": query.words[0].tokens,
         "query_pooled": query.pooled[:, None],
         "saliency": outputs.saliency[0],
         "boundary": outputs.boundaries(model.config.strides)[0],

@@ -41,5 +41,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(f"{args.out}: mode {model.config.mode}, {size:.1f} M parameters", soft_wrap=True)
     if args.causal:
-        console.print("Published weights do not transfer to causal as they are: train before you use it.")
+        console.print(
+            "Published weights do not transfer to causal as they are: train before you use it.", soft_wrap=True
+        )
     return 0
