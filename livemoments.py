@@ -40,10 +40,18 @@ def _bench(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callabl
     return cli.run
 
 
+def _metrics(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    from trainer import metrics_command
+
+    metrics_command.add_arguments(parser)
+    return metrics_command.run
+
+
 COMMANDS = {
     "run": (_run, "watch one source for text queries and tell the moments as they come"),
     "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
     "import-weights": (_import_weights, "bring published R2-Tuning weights into a checkpoint of this project"),
+    "metrics": (_metrics, "score predictions against annotations, as the public benchmarks do"),
     "bench": (_bench, "measure accuracy on recorded videos and latency on a live stream"),
 }
 

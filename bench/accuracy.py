@@ -153,14 +153,7 @@ def score(
         "mr_r1_50": brief["MR-full-R1@0.5"],
         "mr_r1_70": brief["MR-full-R1@0.7"],
         "mr_map": brief["MR-full-mAP"],
-        "moments_true": streaming.true,
-        "moments_opened": streaming.opened,
-        "recall": streaming.recall,
-        **{f"sr_{k}": share for k, share in streaming.sr.items()},
-        **{f"smd_{k}": distance for k, distance in streaming.smd_s.items()},
-        "sd": streaming.sd_s,
-        "ed": streaming.ed_s,
-        "false_alarms_per_hour": streaming.false_alarms_per_hour,
+        **streaming.named(),
     }
 
 

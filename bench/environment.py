@@ -3,10 +3,12 @@
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("livemoments", "numpy", "onnxruntime", "pyzmq", "torch", "websockets")
+MODULES = {"pyzmq": "zmq"}
 
 
 def environment() -> dict[str, Any]:
@@ -14,7 +16,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": f"{_processor()}, {_cores()} cores",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(MODULES.get(name, name))},
         "commit": _commit(),
     }
 

@@ -75,7 +75,8 @@ class _Head(nn.Module):
     def products(self, taps: Tensor) -> Tensor:
         """taps (.., 3 C) -> what each tap of the last convolution makes of them, oldest first, (.., outputs, 3)."""
         hidden = F.relu(self.hidden(taps))
-        return F.linear(hidden, self.out.weight.flatten(0, 1)).view(*taps.shape[:-1], -1, 3)
+        products = F.linear(hidden, self.out.weight.flatten(0, 1))
+        return products.view(*taps.shape[:-1], *self.out.weight.shape[:2])
 
 
 class Heads(nn.Module):

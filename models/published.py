@@ -1,5 +1,6 @@
 """The published R2-Tuning weights (github.com/yeliudev/R2-Tuning, `r2_tuning_*.pth`) as a model of ours."""
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -43,12 +44,15 @@ def load_published(path: Path) -> R2:
     Raises:
         ModelError: the file cannot be read, or its tensors are not those of an R2-Tuning model.
     """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise ModelError(f"{path} cannot be read as a PyTorch checkpoint: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # pickle's own errors share no base with the rest
-        raise ModelError(f"{path} is no plain checkpoint of tensors: {str(error).splitlines()[0]}") from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path} is no plain checkpoint of tensors (code in a checkpoint is never run)") from error
+    except Exception as error:  # of the system, of zip: they share no base
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{path} cannot be read as a PyTorch checkpoint: {reason}") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ModelError(f"{path} holds no state dict: give it an r2_tuning_*.pth as published")
@@ -67,8 +71,10 @@ def from_published(weights: Mapping[str, Tensor], name: str) -> R2:
     renamed = {key: value.transpose(1, 2) if value.ndim == 3 else value for key, value in renamed.items()}
     try:
         config = _config(renamed)
-    except (KeyError, IndexError) as error:
+    except KeyError as error:
         raise ModelError(f"{name} is not of an R2-Tuning model: it has no {error.args[0]!r}") from None
+    except (IndexError, TypeError, ValueError) as error:  # too few axes, or a size that no model has
+        raise ModelError(f"{name} is not of an R2-Tuning model: {error}") from None
     model = R2(config)
     load_weights(model, renamed, name)
     return model.eval()

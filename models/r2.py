@@ -53,6 +53,8 @@ class R2Config:
             value = getattr(self, field.name)
             if field.type is int and value < (0 if field.name == "embedding" else 1):
                 raise ModelError(f"{field.name} must be positive, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout must be at least 0 and less than 1, got {self.dropout:g}")
         if self.width % (2 * self.heads):
             raise ModelError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
         if not self.strides or any(s < 1 or s & (s - 1) for s in self.strides):
@@ -193,8 +195,8 @@ class R2(nn.Module):
 
     def _words(self, tokens: Tensor, bias: Tensor) -> WordMaps:
         cross = self.layer.cross
-        # (W_q q) (W_v v)^T = ((W_q q) W_v) v^T, and what v's bias adds is the same for all of v, so the softmax drops
-        # it: the video needs no projection of its own.
+        # (W_q q) (W_v v)^T = ((W_q q) W_v) v^T, and what W_v's bias adds is the same for all of v, so the softmax
+        # drops it: the video needs no projection of its own, and that bias never gets a gradient.
         pooling = self.project_query(tokens) @ self.project_video.weight * self.config.width**-0.5
         keys, values = (cross.split(each(tokens)) for each in (cross.key, cross.value))
         return WordMaps(tokens + bias[..., None], pooling, keys.contiguous(), values.contiguous())
@@ -311,6 +313,8 @@ class R2(nn.Module):
 
         hidden = self._refine(lambda k: tokens[:, :, k], query, attend, place)
         logits, distances = self.heads.whole(hidden)
+        if not logits:
+            raise ModelError(f"a recording of {length} windows is shorter than each stride of {self.config.strides}")
         best = torch.stack([_stretched(logit.sigmoid(), length) for logit in logits]).amax(0)
         saliency = best * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
         return ClipOutputs(hidden, tokens[:, :, :, 0].transpose(1, 2), logits, distances, saliency)

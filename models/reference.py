@@ -41,18 +41,23 @@ def compare(path: Path) -> dict[str, float]:
         if part not in given:
             raise ModelError(f"{path}: {name} is none of weights/, inputs/, outputs/")
         given[part][rest] = value
-    for need in ("video", "query"):
-        if need not in given["inputs"]:
-            raise ModelError(f"{path} has no inputs/{need}")
     model = from_published(given["weights"], str(path))
-    video, text = given["inputs"]["video"], given["inputs"]["query"].transpose(1, 2)
+    video, text = (_input(given["inputs"], name, f"{path}: inputs/{name}") for name in ("video", "query"))
+    c = model.config
+    ones, length, depth, tokens, width = video.shape
+    if ones != 1 or depth != c.depth or width != c.video_width or not length or not tokens:
+        fits = f"(1, T, {c.depth}, 1+P, {c.video_width})"
+        raise ModelError(f"{path}: inputs/video is {tuple(video.shape)}, its weights want {fits}")
+    if (text.shape[0], *text.shape[2:]) != (1, c.depth, c.text_width) or not text.shape[1]:
+        fits = f"(1, L, {c.depth}, {c.text_width})"
+        raise ModelError(f"{path}: inputs/query is {tuple(text.shape)}, its weights want {fits}")
+    if not given["outputs"]:
+        raise ModelError(f"{path} has no outputs/ to compare with")
     nothing = torch.zeros(1, 0)
-    try:
-        with torch.inference_mode():
-            query = model.query_maps(text, nothing, torch.ones(1, text.shape[2], dtype=torch.bool))
-            outputs = model(video, nothing, query)
-    except RuntimeError as error:
-        raise ModelError(f"{path}: its inputs do not fit its weights: {str(error).splitlines()[0]}") from error
+    with torch.inference_mode():
+        text = text.transpose(1, 2)
+        query = model.query_maps(text, nothing, torch.ones(1, text.shape[2], dtype=torch.bool))
+        outputs = model(video, nothing, query)
     assert isinstance(outputs, ClipOutputs)
     ours = {
         "hidden": outputs.hidden,
@@ -73,7 +78,18 @@ def compare(path: Path) -> dict[str, float]:
     return {name: _error(ours[name], want, f"{path}: outputs/{name}") for name, want in given["outputs"].items()}
 
 
+def _input(inputs: dict[str, Tensor], name: str, shown: str) -> Tensor:
+    if name not in inputs:
+        raise ModelError(f"{shown} is missing")
+    axes = {"video": 5, "query": 4}[name]
+    if inputs[name].ndim != axes or not inputs[name].is_floating_point():
+        raise ModelError(f"{shown} is {inputs[name].dtype} with {inputs[name].ndim} axes, {axes} of float32 are wanted")
+    return inputs[name].float()
+
+
 def _error(ours: Tensor, want: Tensor, name: str) -> float:
+    if not want.is_floating_point():
+        raise ModelError(f"{name} is {want.dtype}, float32 is wanted")
     if ours.shape != want.shape:
         raise ModelError(f"{name} is {tuple(want.shape)}, ours is {tuple(ours.shape)}")
     return float((ours - want).abs().max())

@@ -34,7 +34,7 @@ class TemporalState:
     """All that is remembered of the past, apart from the weights. A row is a slot for one (stream, query).
 
     Rings are written in place at `count % length`. Each depth step has rings of its own, as tensors of their own: an
-    engine would copy them out of a common one. Rings forget by `count`, the history by zeros: `reset` does both.
+    engine would copy them out of a common one.
     """
 
     keys: list[Tensor]  # K of (R, H, W, C / H), turned by their slot
@@ -60,8 +60,8 @@ class TemporalState:
 
     def reset(self, rows: Tensor) -> None:
         """Forget the past of some rows, (n,) int64 or (R,) bool: what a slot needs when another query opens it."""
-        self.history[rows] = 0.0
-        self.count[rows] = 0
+        for tensor in self.tensors:  # all of it: what is not a number outlives any mask
+            tensor[rows] = 0
 
     def put(self, row: int, other: "TemporalState") -> None:
         """Copy the only row of `other`, as `R2.prefill` returns it, into a slot: a query that joins with its past."""
@@ -156,7 +156,8 @@ class Attention(nn.Module):
         angle = torch.cat([slot, slot + band], 1)[:, None, :, None].to(self.rates.dtype) * self.rates
         there = slots < count[:, None]  # what stands at the window's own slot is too old by one
         seen = torch.stack([there & (slots < slot), there & (slots > slot)], 1)[:, None]  # (R, 1, 2, W)
-        return Turn(angle.cos(), angle.sin(), torch.where(seen, 0.0, float("-inf")))
+        bias = torch.zeros_like(seen, dtype=angle.dtype).masked_fill(~seen, float("-inf"))
+        return Turn(angle.cos(), angle.sin(), bias)
 
     def ring(self, x: Tensor, keys: Tensor, values: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """One new window per row, x (R, C), against itself and the rings of those before -> mixed, its key and value.

@@ -12,7 +12,9 @@ from bench.camera import clips_folder
 from bench.demo import BICYCLE, MAN, QUERIES
 from bench.render import FPS, Kind, Segment, render
 from livemoments import main
+from models.r2 import R2Config
 from tests.media import truncate, write_video
+from tests.test_clip import TINY
 from trainer.metrics import Prediction, read_jsonl
 
 REQUIRED = (
@@ -146,3 +148,29 @@ def test_the_demo_finds_every_clip() -> None:
     assert "Traceback" not in done.stderr
     for text in QUERIES:
         assert text in " ".join(done.stdout.split())
+
+
+def test_model_measures_a_window_in_both_runtimes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = R2Config(
+        "causal", TINY.image.width, TINY.text.width, embedding=TINY.projection, depth=2, width=32, window=4
+    )
+    monkeypatch.setattr("bench.model.VIT_B32", TINY)
+    monkeypatch.setattr("bench.model.CAUSAL", small)
+    monkeypatch.setattr("bench.model.TURN_S", 0.001)
+    plot = tmp_path / "cost.png"
+    assert main(["bench", "model", "--rounds", "1", "--windows", "200", "--plot", str(plot)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for runtime in ("torch", "onnxruntime", "arithmetic"):
+        assert result[runtime].keys() == {
+            "published_again_over_window",
+            "window_16_queries_over_tower",
+            "tower_over_further_query",
+        }
+    # The operations are counted, so they do not depend on the machine: 90 more queries cost 90 times one more.
+    gflop = [result["gflop"][f"causal window, {queries} queries"] for queries in (10, 100, 1000)]
+    assert gflop[2] - gflop[1] == pytest.approx(10 * (gflop[1] - gflop[0]), rel=1e-3)
+    assert plot.stat().st_size > 10_000
+    assert main(["bench", "model", "--windows", "5"]) == 2
+    assert "--windows more than 100" in capsys.readouterr().err

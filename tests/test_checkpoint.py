@@ -178,7 +178,7 @@ def test_a_causal_model_begins_with_all_but_the_end_points(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "cannot be read as a PyTorch checkpoint"),
+        (None, "p.pth: no such file"),
         (b"not a checkpoint", "p.pth"),
         ({"state_dict": {"adapter.gate": torch.zeros(3)}}, "is not of an R2-Tuning model: it has no 'heads.scales'"),
         ([1, 2], "holds no state dict"),

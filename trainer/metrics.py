@@ -2,17 +2,18 @@
 
 `evaluate` gives the numbers of the official scorer (Lei et al., "QVHighlights", NeurIPS 2021; standalone_eval of
 Moment-DETR), two decimals and all: moment retrieval (MR) and highlight detection (HL). The functions below it
-are the textbook ones. What was published when is scored in trainer.streaming_metrics.
+are the textbook ones. How annotations and predictions are read is here too, for every data set. The other data sets
+are scored in trainer.benchmark_metrics, what was published when in trainer.streaming_metrics.
 
 Times are seconds, windows half-open [start, end). numpy only: the base install scores without torch.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +31,7 @@ MAX_PREDICTIONS = 10
 LENGTHS_S = {"full": (0, math.inf), "long": (30, math.inf), "middle": (10, 30), "short": (0, 10)}
 """True windows in (first, second]. Officially "long" ends at 150 s, which is where those videos end."""
 LONGEST_S = 1e6
-"""Of a video: eleven days. Beyond, the number is wrong."""
+"""Of a video, and the farthest that a window may lie from its beginning: eleven days. Beyond, the number is wrong."""
 LEVELS = {"Fair": 2, "Good": 3, "VeryGood": 4}
 """The least vote (0..4) of an annotator that makes a clip a highlight."""
 
@@ -49,18 +50,16 @@ class Truth:
     @classmethod
     def parse(cls, line: dict[str, Any]) -> Self:
         """Of one line of jsonl; raises InputError."""
-        duration = float(_array(line, "duration", ()))
-        if not 0 < duration <= LONGEST_S:
-            raise InputError(f"duration: must be above 0 and at most {LONGEST_S:g} s, got {duration:g}")
-        windows, ids = _array(line, "relevant_windows", (-1, 2)), _array(line, "relevant_clip_ids", (-1,))
-        if (windows[:, 0] >= windows[:, 1]).any():
-            raise InputError(f"relevant_windows: a window ends before it starts: {windows.tolist()}")
-        votes = _array(line, "saliency_scores", (len(ids), -1))
+        duration, windows = parse_duration(line), parse_windows(line, "relevant_windows", 2)
+        if (windows[:, 0] == windows[:, 1]).any():
+            raise InputError("relevant_windows: a window ends where it starts")
+        ids = parse_numbers(line, "relevant_clip_ids", (-1,))
+        votes = parse_numbers(line, "saliency_scores", (len(ids), -1))
         saliency = np.zeros((max(0, int(duration // CLIP_S)), votes.shape[1]))
         if not np.isin(ids, np.arange(len(saliency))).all():
             raise InputError(f"relevant_clip_ids: {duration} s have the clips 0 to {len(saliency) - 1}")
         saliency[ids.astype(int)] = votes
-        return cls(_qid(line), str(_get(line, "query")), str(_get(line, "vid")), duration, windows, saliency)
+        return cls(parse_qid(line), str(get(line, "query")), str(get(line, "vid")), duration, windows, saliency)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,77 +73,112 @@ class Prediction:
     @classmethod
     def parse(cls, line: dict[str, Any]) -> Self:
         """Of one line of jsonl; raises InputError."""
-        windows = _array(line, "pred_relevant_windows", (-1, 3))
-        if (windows[:, 0] > windows[:, 1]).any():
-            raise InputError(f"pred_relevant_windows: a window ends before it starts: {windows.tolist()}")
-        return cls(_qid(line), windows, _array(line, "pred_saliency_scores", (-1,)))
+        windows = parse_windows(line, "pred_relevant_windows", 3)
+        return cls(parse_qid(line), windows, parse_numbers(line, "pred_saliency_scores", (-1,)))
 
 
-Record = TypeVar("Record", Truth, Prediction)
+class HasQid(Protocol):
+    """What a line is about: a query, or a video."""
+
+    @property
+    def qid(self) -> int | str: ...
 
 
-def read_jsonl(path: Path, record: type[Record]) -> list[Record]:
-    """The records of a QVHighlights-style file, one per line; keys that are not needed are ignored.
+Record = TypeVar("Record", bound=HasQid)
+Own = TypeVar("Own", Truth, Prediction)
+
+
+def read_jsonl(path: Path, record: type[Own]) -> list[Own]:
+    """The records of a QVHighlights file, in its order. Raises InputError as read_lines does."""
+    return [parsed for _, parsed in read_lines(path, record.parse).values()]
+
+
+def read_lines(path: Path, parse: Callable[[dict[str, Any]], Record]) -> dict[int | str, tuple[int, Record]]:
+    """qid -> number of its line, from 1, and what `parse` makes of it. Keys that are not needed are ignored.
 
     Raises:
-        InputError: the file cannot be read, or a line is not JSON, misses a key, holds a number that is not finite, a
-            window that ends before it starts, or a qid that came before. Names file and line.
+        InputError: the file cannot be read or is empty, or a line is not JSON, is refused by `parse` (a key misses, a
+            number is not finite, a window ends before it starts), or has a qid that came before. Names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    records: dict[int | str, Record] = {}
+        lines = path.read_bytes().split(b"\n")  # a string may hold what str.splitlines() takes for the end of a line
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    records: dict[int | str, tuple[int, Record]] = {}
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         try:
-            line = json.loads(text, parse_constant=_refuse)
+            line = json.loads(text.decode(), parse_constant=_refuse)
             if not isinstance(line, dict):
                 raise InputError("not a JSON object")
-            parsed = record.parse(line)
+            parsed = parse(line)
             if parsed.qid in records:
-                raise InputError(f"qid {parsed.qid} came before")
+                raise InputError(f"qid {parsed.qid} came before, in line {records[parsed.qid][0]}")
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not JSON: {error.msg}") from None
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        except (ValueError, RecursionError) as error:  # no UTF-8, a number of thousands of digits, brackets without end
             raise InputError(f"{path}:{number}: cannot be read: {error}") from None
-        records[parsed.qid] = parsed
-    return list(records.values())
+        records[parsed.qid] = number, parsed
+    if not records:
+        raise InputError(f"{path}:1: the file is empty, so there is nothing to score")
+    return records
 
 
 def _refuse(constant: str) -> NoReturn:
     raise InputError(f"{constant} is not a number")
 
 
-def _get(line: dict[str, Any], key: str) -> Any:
+def get(line: dict[str, Any], key: str) -> Any:
+    """Raises InputError if the line has no such key."""
     if key not in line:
         raise InputError(f"missing key {key!r}")
     return line[key]
 
 
-def _qid(line: dict[str, Any]) -> int | str:
-    qid = _get(line, "qid")
+def parse_qid(line: dict[str, Any]) -> int | str:
+    qid = get(line, "qid")
     if isinstance(qid, bool) or not isinstance(qid, int | str):
-        raise InputError(f"qid must be a number or a string, got {qid!r}")
+        raise InputError(f"qid must be a whole number or a string, got {qid!r:.60}")
     return qid
 
 
-def _array(line: dict[str, Any], key: str, shape: tuple[int, ...]) -> Floats:
+def parse_duration(line: dict[str, Any]) -> float:
+    duration = float(parse_numbers(line, "duration", ()))
+    if not 0 < duration <= LONGEST_S:
+        raise InputError(f"duration: must be above 0 and at most {LONGEST_S:g} s, got {duration:g}")
+    return duration
+
+
+def parse_windows(line: dict[str, Any], key: str, columns: int) -> Floats:
+    """(n, columns) of which the first two are start and end, in seconds; a window may be empty."""
+    windows = parse_numbers(line, key, (-1, columns))
+    if (backward := windows[:, 0] > windows[:, 1]).any():
+        raise InputError(f"{key}: a window ends before it starts: {windows[backward][0].tolist()}")
+    if (far := (np.abs(windows[:, :2]) > LONGEST_S).any(axis=1)).any():
+        raise InputError(f"{key}: a window lies beyond {LONGEST_S:g} s: {windows[far][0].tolist()}")
+    return windows
+
+
+def parse_numbers(line: dict[str, Any], key: str, shape: tuple[int, ...]) -> Floats:
     """Finite numbers in the shape, where -1 is any length. An empty list is an array without rows."""
-    value = _get(line, key)
+    value = get(line, key)
     try:
         array = np.asarray(value if value != [] else np.zeros([max(0, n) for n in shape]))
     except ValueError:  # ragged
         array = np.asarray(None)
     fits = array.ndim == len(shape) and all(want in (-1, have) for want, have in zip(shape, array.shape, strict=True))
-    if not fits or array.dtype.kind not in "iuf":
-        raise InputError(f"{key}: expected numbers of shape {shape}, got {str(value)[:60]}")
+    if not fits or array.dtype.kind not in "iuf" or _holds_bool(value):  # numpy takes true for 1
+        raise InputError(f"{key}: expected numbers of shape {shape}, got {value!r:.60}")
     if not np.isfinite(array).all():
         raise InputError(f"{key}: holds a number that is not finite")
     return array.astype(np.float64)
+
+
+def _holds_bool(value: Any) -> bool:
+    return any(map(_holds_bool, value)) if isinstance(value, list) else isinstance(value, bool)
 
 
 def evaluate(truths: Sequence[Truth], predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
@@ -169,7 +203,8 @@ def evaluate(truths: Sequence[Truth], predictions: Sequence[Prediction]) -> dict
     return {"brief": brief, **highlights, **moments}
 
 
-def _percent(share: float) -> float:
+def percent(share: float) -> float:
+    """With the two decimals that are published."""
     return float(f"{100 * share:.2f}")
 
 
@@ -188,19 +223,21 @@ def _moment_retrieval(
     first = _padded([windows[:1, :2] for windows in listed])
     lengths = np.nan_to_num(true[..., 1] - true[..., 0])  # (Q, G)
     iou, first_iou = _iou(guess, true), _iou(first, true)[:, 0]  # (Q, P, G), (Q, G)
+    first_hull_iou = hull_iou(first, true)[:, 0]  # which true window is met is told by one, how well by the other
     tables = {}
     for name, (low, high) in LENGTHS_S.items():
         kept = (low < lengths) & (lengths <= high)  # (Q, G)
         some = kept.any(axis=1)
-        best = np.where(kept, first_iou, -1).max(axis=1, initial=-1)[some]
+        met = np.where(kept, first_iou, -1).argmax(axis=1)
+        best = np.take_along_axis(first_hull_iou, met[:, None], axis=1)[some, 0]
         found = _found(np.where(kept[:, None], iou, -1)[some])
         precision = _average_precisions(found, kept.sum(axis=1)[some])  # (Q, thresholds)
         per_threshold = {str(at): _mean(column) for at, column in zip(IOU_THRESHOLDS, precision.T, strict=True)}
         per_threshold["average"] = _mean(precision)
         recall = {str(at): _mean((best >= at).astype(float)) for at in IOU_THRESHOLDS}
         tables[name] = {
-            "MR-mAP": {at: _percent(value) for at, value in per_threshold.items()},
-            "MR-R1": {at: _percent(value) for at, value in recall.items()},
+            "MR-mAP": {at: percent(value) for at, value in per_threshold.items()},
+            "MR-R1": {at: percent(value) for at, value in recall.items()},
         }
     return tables
 
@@ -249,8 +286,8 @@ def _highlight_detection(truths: Sequence[Truth], predictions: Sequence[Predicti
             best = int(prediction.saliency.argmax()) if prediction.saliency.size else len(liked)
             hits.append(best < len(liked) and bool(liked[best].any()))
         tables[f"HL-min-{name}"] = {
-            "HL-mAP": _percent(_mean(np.array(precision))),
-            "HL-Hit1": _percent(_mean(np.array(hits, dtype=float))),
+            "HL-mAP": percent(_mean(np.array(precision))),
+            "HL-Hit1": percent(_mean(np.array(hits, dtype=float))),
         }
     return tables
 
@@ -279,6 +316,18 @@ def _iou(a: Floats, b: Floats) -> Floats:
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - shared
     ratio = np.divide(shared, union, out=np.zeros_like(union), where=union > 0)
     return np.where(np.isnan(union), -1.0, ratio)
+
+
+def hull_iou(a: Floats, b: Floats) -> Floats:
+    """As _iou, divided by the time from the first start to the last end, which is the union where windows meet.
+
+    The public code computes recall so and AP the other way. They round apart, and one bit tells 0.5 from less.
+    """
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    shared = np.clip(np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0]), 0, None)
+    hull = np.maximum(a[..., 1], b[..., 1]) - np.minimum(a[..., 0], b[..., 0])
+    ratio = np.divide(shared, hull, out=np.zeros_like(hull), where=hull > 0)
+    return np.where(np.isnan(hull), -1.0, ratio)
 
 
 def temporal_iou(a: ArrayLike, b: ArrayLike) -> Floats:

@@ -17,10 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, Self
 
 import numpy as np
 
-from trainer.metrics import Floats
+from kernels.errors import InputError
+from trainer.metrics import LONGEST_S, Floats, parse_numbers, parse_qid
 
 TOLERANCE_S = 5.0
 """How far from a true start an announced one may lie: two windows and a hop of the detector."""
@@ -40,6 +42,31 @@ class Closed:
     start_s: float
     end_s: float
     score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What was published for one query."""
+
+    qid: int | str
+    opened: Sequence[Opened]
+    closed: Sequence[Closed]
+
+    @classmethod
+    def parse(cls, line: dict[str, Any]) -> Self:
+        """Of one line of jsonl: "opened" [[publish_s, start_s]], "closed" [[publish_s, start_s, end_s, score]].
+
+        Raises InputError.
+        """
+        opened, closed = parse_numbers(line, "opened", (-1, 2)), parse_numbers(line, "closed", (-1, 4))
+        for key, times in (("opened", opened), ("closed", closed[:, :3])):
+            if (np.abs(times) > LONGEST_S).any():
+                raise InputError(f"{key}: a time lies beyond {LONGEST_S:g} s")
+        if (backward := closed[:, 1] > closed[:, 2]).any():
+            raise InputError(f"closed: a moment ends before it starts: {closed[backward][0].tolist()}")
+        return cls(
+            parse_qid(line), [Opened(*row) for row in opened.tolist()], [Closed(*row) for row in closed.tolist()]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +103,19 @@ class StreamingScores:
     opened: int
     true: int
     """Opened events and true windows in all."""
+
+    def named(self) -> dict[str, float | int | None]:
+        """Every score by the name it is reported under."""
+        return {
+            "moments_true": self.true,
+            "moments_opened": self.opened,
+            "recall": self.recall,
+            **{f"sr_{k}": share for k, share in self.sr.items()},
+            **{f"smd_{k}": distance for k, distance in self.smd_s.items()},
+            "sd": self.sd_s,
+            "ed": self.ed_s,
+            "false_alarms_per_hour": self.false_alarms_per_hour,
+        }
 
 
 @dataclass(frozen=True)
