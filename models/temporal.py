@@ -119,7 +119,7 @@ class Attention(nn.Module):
     def whole(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, T, C) or (B, C); keys and values (B, H, N, C / H), see `split`; bias (B, N), -inf on padding."""
         if x.ndim == 2:  # by hand: engines run this as three operators
-            scores = self._parts(self._scaled(x)).unsqueeze(2) @ keys.mT  # (B, H, 1, N)
+            scores = self._single(self._scaled(x)) @ keys.mT  # (B, H, 1, N)
             scores = scores if bias is None else scores + bias[:, None, None]
             mixed = (scores.softmax(-1) @ values).flatten(1)
         else:
@@ -164,14 +164,15 @@ class Attention(nn.Module):
 
         The key comes back as the ring wants it.
         """
-        q, key, value = (self._parts(each)[:, :, None] for each in (self._scaled(x), self.key(x), self.value(x)))
-        now = (q * key).sum(-1, keepdim=True)  # (R, H, 1, 1): age 0
-        q, key = (each * turn.cos + _quarter(each) * turn.sin for each in (q, key))  # (R, H, 2, C / H)
+        q, key, value = (self._single(each) for each in (self._scaled(x), self.key(x), self.value(x)))
+        now = (q * key).sum(-1)  # (R, H, 1): age 0
+        both = torch.cat([q, key], 1)
+        q, key = (both * turn.cos + _quarter(both) * turn.sin).chunk(2, 1)  # (R, H, 2, C / H)
         past = (q @ keys.mT + turn.bias).flatten(2)  # (R, H, 2 W), half of it -inf
-        weights = torch.cat([past, now[..., 0]], -1).softmax(-1)
+        weights = torch.cat([past, now], -1).softmax(-1)[:, :, None]
         band = keys.shape[2]
-        old = (weights[..., :band] + weights[..., band:-1])[:, :, None] @ values  # (R, H, 1, C / H)
-        out: Tensor = self.out((old + weights[..., -1:, None] * value).flatten(1))
+        old = (weights[..., :band] + weights[..., band:-1]) @ values  # (R, H, 1, C / H)
+        out: Tensor = self.out((old + weights[..., -1:] * value).flatten(1))
         return out, key[:, :, 0], value[:, :, 0]
 
     def recalled(self, keys: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +193,10 @@ class Attention(nn.Module):
     def _parts(self, x: Tensor) -> Tensor:
         """(.., C) -> (.., H, C / H)."""
         return x.view(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+
+    def _single(self, x: Tensor) -> Tensor:
+        """(R, C) -> (R, H, 1, C / H)."""
+        return x.view(x.shape[0], self.heads, 1, x.shape[-1] // self.heads)
 
     def _turned(self, x: Tensor, place: Tensor) -> Tensor:
         """x (.., N, C / H) turned by its places (N,)."""
