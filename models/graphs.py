@@ -3,6 +3,7 @@
     video   a window's backbone features      -> VideoMaps       once a stream and window
     query   a text's backbone features        -> QueryMaps       once a query
     step    maps, rings and counts of R rows  -> outputs and the new columns
+    solo    step where all rows watch one stream: no `row_stream`, and cheaper
 
 What `video` and `query` give is what `step` takes, under the same names. What a depth step alone reads is a tensor of
 its own, numbered by its layer: taken together an engine would copy it apart again at every step.
@@ -47,7 +48,10 @@ def graphs(model: R2, patches: int) -> dict[str, Graph]:
         maps, query = model.video_maps(*video), model.query_maps(*texts, mask)
     state = model.new_state(rows)
     state.count[:] = torch.arange(rows)
-    axes = step_axes(c.depth)
+    axes, outputs = step_axes(c.depth), [*_OUTPUTS, *_each(("new_keys", "new_values"), c.depth), "new_history"]
+    step = dict(zip(axes, step_inputs(maps, torch.arange(rows) % streams, query, state), strict=True))
+    solo = {name: value[:1] if name in _VIDEO else value for name, value in step.items() if name != "row_stream"}
+    solo_axes = {name: {i: axis for i, axis in axes[name].items() if axis != "streams"} for name in solo}
     query_names = [name for name in axes if name.startswith(("word_", "query_"))]
     return {
         "video": Graph(
@@ -62,12 +66,8 @@ def graphs(model: R2, patches: int) -> dict[str, Graph]:
             query_names,
             {"layers": {0: "rows", 2: "words"}, "embedding": {0: "rows"}, "mask": {0: "rows", 1: "words"}},
         ),
-        "step": Graph(
-            _Step(model),
-            dict(zip(axes, step_inputs(maps, torch.arange(rows) % streams, query, state), strict=True)),
-            [*_OUTPUTS, *_each(("new_keys", "new_values"), c.depth), "new_history"],
-            axes,
-        ),
+        "step": Graph(_Step(model), step, outputs, axes),
+        "solo": Graph(_Step(model, solo=True), solo, outputs, solo_axes),
     }
 
 
@@ -109,13 +109,14 @@ class _Query(nn.Module):
 
 
 class _Step(nn.Module):
-    def __init__(self, model: R2) -> None:
+    def __init__(self, model: R2, *, solo: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.solo = model, solo
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         depth, given = self.model.config.depth, iter(tensors)
-        video, row_stream = VideoMaps(next(given), next(given)), next(given)
+        video = VideoMaps(next(given), next(given))
+        row_stream = None if self.solo else next(given)
         words = tuple(WordMaps(*(next(given) for _ in _WORDS)) for _ in range(depth))
         query = QueryMaps(words, next(given), next(given), next(given))
         keys, values = ([next(given) for _ in range(depth)] for _ in range(2))

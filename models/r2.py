@@ -212,7 +212,7 @@ class R2(nn.Module):
         return TemporalState(keys, values, history, torch.zeros(rows, dtype=torch.int64, device=like.device))
 
     def step(
-        self, video: VideoMaps, row_stream: Tensor, query: QueryMaps, state: TemporalState
+        self, video: VideoMaps, row_stream: Tensor | None, query: QueryMaps, state: TemporalState
     ) -> tuple[CausalOutputs, Columns]:
         """One window of every stream, for every row.
 
@@ -221,27 +221,32 @@ class R2(nn.Module):
 
         Args:
             video: maps of S streams.
-            row_stream: (R,) int64, which of the streams a row watches.
+            row_stream: (R,) int64, which of the streams a row watches. None: all watch the only one, which saves a copy
+                of its maps a row and makes one large product of many small ones.
             query: maps of R queries.
             state: of R rows.
         """
         attention, new_keys, new_values = self.layer.time, [], []
-        turn = attention.turn(state.count, self.config.window)
+        ages = attention.turn(state.count, self.config.window)
         rows, depth = torch.arange(state.count.shape[0], device=state.count.device), self.config.depth
-        # One copy a depth step, of what the rows of a stream share; all K at once would not stay in the cache.
-        tokens = video.tokens.flatten(0, 1)
+
+        def tokens(k: int) -> Tensor:
+            if row_stream is None:
+                return video.tokens[0, k]
+            # A copy a depth step: all K at once would not stay in the cache.
+            return video.tokens.flatten(0, 1).index_select(0, row_stream * depth + k)
 
         def attend(k: int, x: Tensor) -> Tensor:
-            mixed, key, value = attention.ring(x, state.keys[k], state.values[k], turn)
+            mixed, key, value = attention.ring(x, state.keys[k], state.values[k], ages)
             new_keys.append(key)
             new_values.append(value)
             return mixed
 
         lags = torch.tensor(self.heads.lags, device=rows.device)
-        slots = (state.count[:, None] - lags) % self.heads.reach
-        seen = dict(zip(self.heads.lags, state.history[rows[:, None], slots].unbind(1), strict=True))
-        hidden = self._refine(lambda k: tokens.index_select(0, row_stream * depth + k), query, attend, None)
-        embedding = video.embedding.index_select(0, row_stream)
+        turns = ((state.count[:, None] - lags) % self.heads.reach).unbind(1)
+        seen = {lag: state.history[rows, turn] for lag, turn in zip(self.heads.lags, turns, strict=True)}
+        hidden = self._refine(tokens, query, attend, None)
+        embedding = video.embedding if row_stream is None else video.embedding.index_select(0, row_stream)
         outputs, history = self._judge(
             hidden, embedding, query.pooled, query.embedding, lambda part, _now, lag: seen[lag][:, part]
         )
@@ -330,7 +335,8 @@ class R2(nn.Module):
     ) -> Tensor:
         """The recurrence over depth (sections 3.2 and 3.3 of the paper) -> hidden, (B, T, C) or (R, C).
 
-        `tokens(k)` are the window's of layer k, (B, T, 1+P, C) or (R, 1+P, C); `attend(k, x)` mixes x over time.
+        `tokens(k)` are the windows' of layer k, (B, T, 1+P, C), or the window's, (R, 1+P, C) or, one for all rows,
+        (1+P, C); `attend(k, x)` mixes x over time.
         """
         hidden: Tensor | None = None
         scales, shares = self.pooling.tanh(), self.gate.sigmoid()

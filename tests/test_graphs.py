@@ -113,6 +113,25 @@ def test_step_is_what_torch_says(
     engines["step"].check(*step_inputs(maps, watched, texts.maps(model), state))
 
 
+@pytest.mark.parametrize(("patches", "lengths"), [(0, (1,)), (4, (4, 1, 2, 9, 3))])
+def test_rows_of_one_stream_need_not_name_it(
+    model: R2, engines: Mapping[str, Engine], patches: int, lengths: tuple[int, ...]
+) -> None:
+    """`solo` is torch's step without `row_stream`, which is the step of rows that all name the first stream."""
+    recording, texts = record(model, 1, patches=patches), ask(model, *lengths)
+    query, state = texts.maps(model), model.new_state(len(lengths))
+    for tensor in state.tensors[:-1]:
+        tensor.normal_()
+    state.count[:] = 100 + torch.arange(len(lengths))
+    with torch.no_grad():
+        maps = model.video_maps(recording.layers[:, 0], recording.embedding[:, 0])
+        watched = torch.zeros(len(lengths), dtype=torch.int64)
+        named, unnamed = (model.step(maps, rows, query, state) for rows in (watched, None))
+    for ours, theirs in zip((*unnamed[0], *unnamed[1].keys), (*named[0], *named[1].keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    engines["solo"].check(*maps, *step_inputs(maps, watched, query, state)[3:])
+
+
 def test_a_graph_that_varies_is_not_bound_to_its_examples() -> None:
     """One layer, CLS alone, no embedding: axes that are 1 or 0 long in the example."""
     model = build(depth=1, window=WINDOW, strides=(1,), embedding=0, width=8)
