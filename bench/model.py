@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
         times = measure(works, args.rounds, console)
         result = {"ms": times, "gflop": gflop} | ratios(times, gflop) | long_run(causal, args.windows, console)
     _print(Console(highlight=False), result)
+    print(json.dumps(result | environment()))
     if args.plot:
         cost = {name: [ms[_label(n)] / ms[TOWER] for n in QUERIES] for name, ms in times.items()}
         plot_cost(QUERIES, cost, {name: ms[WHOLE] / ms[TOWER] for name, ms in times.items()}, args.plot)
-    print(json.dumps(result | environment()))
     return 0
 
 
