@@ -15,6 +15,7 @@ from models.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from models.errors import ModelError
 from models.published import from_published, to_causal
 from models.r2 import R2, R2Config
+from tests.test_reference import published
 
 CONFIG = R2Config("causal", 12, 10, embedding=6, depth=2, width=16, heads=2, strides=(1, 2, 4), window=5)
 PROVENANCE = Provenance("a test", "lite", 1.0, {"loss": 0.5, "data": ["x.jsonl"]})
@@ -108,65 +109,36 @@ def test_a_config_is_checked(change: dict[str, Any], says: str) -> None:
         replace(CONFIG, **change)
 
 
-def published() -> dict[str, torch.Tensor]:
-    """A small state dict under the published names."""
-    model = R2(R2Config("clip", 12, 10, depth=3, width=16, heads=8, strides=(1, 2)))
+def weights() -> dict[str, torch.Tensor]:
+    """A small state dict under the published names; the same at every call."""
     torch.manual_seed(1)
-    names = {
-        "map_video": "adapter.video_map",
-        "map_query": "adapter.query_map",
-        "project_video": "adapter.v_map",
-        "project_query": "adapter.q_map",
-        "pooling": "adapter.scale",
-        "gate": "adapter.gate",
-        "layer.norm_cross": "adapter.tem.cross_att_norm",
-        "layer.norm_time": "adapter.tem.self_att_norm",
-        "layer.norm_feed_forward": "adapter.tem.ffn_norm",
-        "layer.expand": "adapter.tem.ffn.mapping.0",
-        "layer.contract": "adapter.tem.ffn.mapping.2",
-        "word_weight": "pooling.att",
-        "heads.classify.hidden": "class_head.module.1",
-        "heads.classify.out": "class_head.module.3",
-        "heads.locate.hidden": "coord_head.module.1",
-        "heads.locate.out": "coord_head.module.3",
-        "heads.scales": "coef",
-        "heads.levels.1.convs.0": "pyramid.blocks.1.1",
-        "heads.levels.1.norms.0": "pyramid.blocks.1.3",
-    } | {
-        f"layer.{ours}.{part}": f"adapter.tem.{theirs}_att.{letter}"
-        for ours, theirs in (("cross", "cross"), ("time", "self"))
-        for part, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "m"))
-    }
-    weights = {}
-    for key, value in model.state_dict().items():
-        stem = next(name for name in sorted(names, key=len, reverse=True) if key.startswith(name))
-        value = torch.randn_like(value)
-        weights[names[stem] + key[len(stem) :]] = value.transpose(1, 2).contiguous() if value.ndim == 3 else value
-    return weights | {"loss._loss_sal.scale": torch.ones(1)}
+    model = R2(R2Config("clip", 12, 10, depth=3, width=16, heads=8, strides=(1, 2)))
+    for value in model.parameters():
+        value.data.normal_()
+    return published(model)
 
 
 def test_published_weights_become_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights, out = published(), tmp_path / "r2.safetensors"
-    torch.save(
-        {"state_dict": {f"module.{key}": value for key, value in weights.items()}, "meta": {}}, tmp_path / "p.pth"
-    )
+    out = tmp_path / "r2.safetensors"
+    prefixed = {f"module.{key}": value for key, value in weights().items()}
+    torch.save({"state_dict": prefixed, "meta": {}}, tmp_path / "p.pth")
     assert main(["import-weights", str(tmp_path / "p.pth"), "--out", str(out)]) == 0
     assert "mode clip" in capsys.readouterr().out
     model, provenance = load_checkpoint(out, mode="clip")
     assert provenance.source == "imported from p.pth" and provenance.hop_s == 2.0
-    for name, value in from_published(weights, "p").state_dict().items():
+    for name, value in from_published(weights(), "p").state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
     with pytest.raises(ModelError, match="a clip model sees whole recordings"):
         load_checkpoint(out, mode="causal")
 
 
 def test_a_causal_model_begins_with_all_but_the_end_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(published(), tmp_path / "p.pth")
+    torch.save(weights(), tmp_path / "p.pth")
     arguments = ["import-weights", str(tmp_path / "p.pth"), "--out", str(tmp_path / "c"), "--causal", "--window", "9"]
     assert main(arguments) == 0
     assert "do not transfer to causal as they are" in capsys.readouterr().out
     causal, _ = load_checkpoint(tmp_path / "c", mode="causal")
-    clip = from_published(published(), "p")
+    clip = from_published(weights(), "p")
     assert causal.config == replace(clip.config, mode="causal", window=9, embedding=512)
     begun, given = causal.state_dict(), clip.state_dict()
     assert torch.equal(begun["map_video.2.weight"], given["map_video.2.weight"][:, :12])
