@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
             try:
                 module = import_module(f"bench.{name}")
             except ModuleNotFoundError as error:
-                raise InputError(f"this needs the package {error.name}: pip install 'livemoments[bench]'") from None
+                raise InputError(
+                    f"this needs the package {error.name}: pip install 'livemoments[bench,build]'"
+                ) from None
             module.add_arguments(measure)
             measure.set_defaults(measured=module.run)
 

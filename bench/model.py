@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--rounds must be at least 1 and --windows more than {YOUNG}")
     if args.plot:
         check_writable(args.plot)
+        if find_spec("matplotlib") is None:
+            raise InputError("--plot needs matplotlib: pip install 'livemoments[bench]'")
     console = Console(stderr=True, highlight=False)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():

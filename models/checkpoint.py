@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,14 +49,14 @@ def save_checkpoint(path: Path, model: R2, provenance: Provenance) -> None:
     }
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     try:
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        if not path.parent.is_dir():
+            raise ModelError(f"{path} cannot be written: there is no folder {path.parent}")
+        scratch = path.parent / f".{path.name}.{os.getpid()}"
         try:
             save_file(weights, scratch, metadata={_KEY: json.dumps(head)})
-            Path(scratch).replace(path)
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be written: {error}") from error
 
@@ -80,18 +79,21 @@ def load_checkpoint(path: Path, *, mode: str | None = None) -> tuple[R2, Provena
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read as a checkpoint: {error}") from error
     if head is None:
-        raise ModelError(f"{path} is no checkpoint of livemoments: published weights come in by `livemoments import`")
+        raise ModelError(
+            f"{path} is no checkpoint of livemoments: published weights come in by `livemoments import-weights`"
+        )
     try:
         content = json.loads(head)
-        found, config = content["format"], content["config"]
-        provenance = Provenance(**content["provenance"])
+        if (found := content["format"]) != FORMAT:
+            wrote = content.get("version", "unknown")
+            raise ModelError(f"{path} has format {found} (livemoments {wrote}), this program reads {FORMAT}: update it")
+        config, provenance = dict(content["config"]), Provenance(**content["provenance"])
+    except ModelError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: its head is damaged ({error})") from error
-    if found != FORMAT:
-        wrote = content.get("version", "unknown")
-        raise ModelError(f"{path} has format {found} (livemoments {wrote}), this program reads {FORMAT}: update it")
     known = {field.name for field in dataclasses.fields(R2Config)}
-    if not isinstance(config, dict) or config.keys() != known:
+    if config.keys() != known:
         odd = sorted(known ^ set(config))
         raise ModelError(f"{path}: its config does not fit this version of livemoments ({', '.join(odd)})")
     if mode is not None and config["mode"] != mode:
@@ -101,7 +103,7 @@ def load_checkpoint(path: Path, *, mode: str | None = None) -> tuple[R2, Provena
         )
     try:
         model = R2(R2Config(**(config | {"strides": tuple(config["strides"])})))
-    except (TypeError, ModelError) as error:
+    except (TypeError, RuntimeError, ModelError) as error:  # RuntimeError: sizes that no memory holds
         raise ModelError(f"{path}: its config is damaged ({error})") from error
     load_weights(model, weights, str(path))
     return model.eval(), provenance

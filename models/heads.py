@@ -88,8 +88,10 @@ class Heads(nn.Module):
         self.levels = nn.ModuleList(_Level(width, stride) for stride in strides)
         self.classify, self.locate = _Head(width, 1), _Head(width, 2)
         self.scales = nn.Parameter(torch.ones(len(strides)))
-        self.lags = sorted({lag for s in strides for lag in (s // 2, s, 2 * s) if lag})
-        """How far back a step looks: a convolution of dilation s / 2, the heads' taps s and 2 s."""
+        self.lags: list[int] = sorted(
+            {lag for s in strides for lag in (*(2**i for i in range(s.bit_length() - 1)), s, 2 * s)}
+        )
+        """How far back a step looks: convolutions of dilation 1, 2, .., s / 2, the heads' taps s and 2 s."""
         self.factors = nn.Buffer(torch.tensor(strides, dtype=torch.float32), persistent=False)
         self.arrivals = nn.Buffer(self._arrivals(), persistent=False)
 

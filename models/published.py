@@ -65,7 +65,9 @@ def from_published(weights: Mapping[str, Tensor], name: str) -> R2:
     Raises:
         ModelError: tensors are missing, unknown or of the wrong shape; the text begins with `name`.
     """
-    plain = {key.removeprefix("module."): value for key, value in weights.items()}
+    plain = {str(key).removeprefix("module."): value for key, value in weights.items()}
+    if "adapter.scale" in plain and not any(key.startswith("coord_head.") for key in plain):
+        raise ModelError(f"{name} is a highlight model (TVSum, YouTube Highlights), without boundaries: not supported")
     renamed = {_renamed(key): value for key, value in plain.items() if not key.startswith("loss.")}
     # Only convolutions have three axes, (outputs, inputs, taps); ours lie as (outputs, taps, inputs).
     renamed = {key: value.transpose(1, 2) if value.ndim == 3 else value for key, value in renamed.items()}
@@ -73,7 +75,7 @@ def from_published(weights: Mapping[str, Tensor], name: str) -> R2:
         config = _config(renamed)
     except KeyError as error:
         raise ModelError(f"{name} is not of an R2-Tuning model: it has no {error.args[0]!r}") from None
-    except (IndexError, TypeError, ValueError) as error:  # too few axes, or a size that no model has
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:  # too few axes, or a size that no model has
         raise ModelError(f"{name} is not of an R2-Tuning model: {error}") from None
     model = R2(config)
     load_weights(model, renamed, name)

@@ -40,7 +40,7 @@ class R2Config:
     ratio: int = 4
     """Of the feed-forward layer."""
     strides: tuple[int, ...] = (1, 2, 4, 8)
-    """Of the temporal pyramid, powers of two."""
+    """Of the temporal pyramid, powers of two, ascending."""
     window: int = 32
     """W, causal only: windows that each depth step sees, the present one included."""
     dropout: float = 0.5
@@ -57,8 +57,9 @@ class R2Config:
             raise ModelError(f"dropout must be at least 0 and less than 1, got {self.dropout:g}")
         if self.width % (2 * self.heads):
             raise ModelError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
-        if not self.strides or any(s < 1 or s & (s - 1) for s in self.strides):
-            raise ModelError(f"strides must be powers of two, got {self.strides}")
+        ascending = sorted(set(self.strides))
+        if not self.strides or list(self.strides) != ascending or any(s < 1 or s & (s - 1) for s in ascending):
+            raise ModelError(f"strides must be powers of two, each larger than the one before, got {self.strides}")
 
 
 class VideoMaps(NamedTuple):
@@ -170,7 +171,8 @@ class R2(nn.Module):
             layers: of the backbone, (B, T, K, 1+P, width), the deepest last.
             embedding: the backbone's own, (B, T, D).
             query: from `query_maps`.
-            mask: (B, T) bool, false on padding at the end; mode `clip` only, a causal model cannot see it anyway.
+            mask: (B, T) bool, false on padding at the end, which nothing attends to; mode `clip` only, a causal model
+                cannot see it anyway. As published, end points, positions and convolutions still count it in.
         """
         if self.config.mode == "clip":
             return self._whole(layers, query, mask)
@@ -226,6 +228,8 @@ class R2(nn.Module):
             query: maps of R queries.
             state: of R rows.
         """
+        if row_stream is None and video.tokens.shape[0] != 1:
+            raise ModelError(f"{video.tokens.shape[0]} streams: row_stream must tell which of them each row watches")
         attention, new_keys, new_values = self.layer.time, [], []
         ages = attention.turn(state.count, self.config.window)
         rows, depth = torch.arange(state.count.shape[0], device=state.count.device), self.config.depth

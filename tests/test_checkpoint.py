@@ -64,10 +64,12 @@ def test_a_file_that_does_not_fit_is_refused_in_words(saved: Path, tmp_path: Pat
     refused("lacks 1 tensors, gate for one")
     rewrite(saved, shape="layer.expand.weight")
     refused(r"layer.expand.weight is \(64, 15\), this model has \(64, 16\)")
-    rewrite(saved, format=2)
+    rewrite(saved, format=2, provenance={"new": 1})
     refused("has format 2 .* this program reads 1: update it")
     rewrite(saved, config={"mode": "causal"})
     refused("its config does not fit this version")
+    rewrite(saved, config=None)
+    refused("its head is damaged")
     rewrite(saved, provenance={"source": "x"})
     refused("its head is damaged")
     saved.write_bytes(whole[:200])
@@ -101,6 +103,8 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(saved: Path, monkeypatch: p
         ({"width": 20, "heads": 4}, "multiple of twice the 4 heads"),
         ({"strides": (1, 3)}, "powers of two"),
         ({"strides": ()}, "powers of two"),
+        ({"strides": (2, 1)}, "each larger than the one before"),
+        ({"dropout": 1.0}, "dropout must be"),
         ({"embedding": -1}, "embedding must be"),
     ],
 )
@@ -112,7 +116,7 @@ def test_a_config_is_checked(change: dict[str, Any], says: str) -> None:
 def weights() -> dict[str, torch.Tensor]:
     """A small state dict under the published names; the same at every call."""
     torch.manual_seed(1)
-    model = R2(R2Config("clip", 12, 10, depth=3, width=16, heads=8, strides=(1, 2)))
+    model = R2(R2Config("clip", 768, 512, depth=3, width=16, heads=8, strides=(1, 2)))
     for value in model.parameters():
         value.data.normal_()
     return published(model)
@@ -141,10 +145,12 @@ def test_a_causal_model_begins_with_all_but_the_end_points(tmp_path: Path, capsy
     clip = from_published(weights(), "p")
     assert causal.config == replace(clip.config, mode="causal", window=9, embedding=512)
     begun, given = causal.state_dict(), clip.state_dict()
-    assert torch.equal(begun["map_video.2.weight"], given["map_video.2.weight"][:, :12])
+    assert torch.equal(begun["map_video.2.weight"], given["map_video.2.weight"][:, :768])
     kept = {name for name, value in given.items() if torch.equal(value, begun[name])}
     assert set(given) - kept == {"map_video.0.weight", "map_video.0.bias", "map_video.2.weight"}
     assert to_causal(clip).config.window == 32
+    assert main(["import-weights", str(tmp_path / "p.pth"), "--out", str(tmp_path / "d"), "--window", "9"]) == 2
+    assert "--window belongs to --causal" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,6 +160,8 @@ def test_a_causal_model_begins_with_all_but_the_end_points(tmp_path: Path, capsy
         (b"not a checkpoint", "p.pth"),
         ({"state_dict": {"adapter.gate": torch.zeros(3)}}, "is not of an R2-Tuning model: it has no 'heads.scales'"),
         ([1, 2], "holds no state dict"),
+        ({key: value for key, value in weights().items() if "coord_head" not in key}, "is a highlight model"),
+        (published(R2(R2Config("clip", 24, 20, width=16, heads=8, strides=(1, 2)))), "those of CLIP ViT-B/32 are"),
     ],
 )
 def test_what_is_not_published_is_refused(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.export import export
+from models.errors import ModelError
 from models.graphs import Graph, graphs, step_axes, step_columns, step_inputs
-from models.r2 import R2
+from models.r2 import R2, VideoMaps
 from tests.test_r2 import Recording, Texts, ask, build, forward, record
 from tests.test_r2 import one_thread as one_thread
 
@@ -129,6 +130,8 @@ def test_rows_of_one_stream_need_not_name_it(
         named, unnamed = (model.step(maps, rows, query, state) for rows in (watched, None))
     for ours, theirs in zip((*unnamed[0], *unnamed[1].keys), (*named[0], *named[1].keys), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    with pytest.raises(ModelError, match="row_stream must tell"):
+        model.step(VideoMaps(*(torch.cat([each, each]) for each in maps)), None, query, state)
     engines["solo"].check(*maps, *step_inputs(maps, watched, query, state)[3:])
 
 

@@ -114,7 +114,7 @@ def read_lines(path: Path, parse: Callable[[dict[str, Any]], Record]) -> dict[in
                 raise InputError("not a JSON object")
             parsed = parse(line)
             if parsed.qid in records:
-                raise InputError(f"qid {parsed.qid} came before, in line {records[parsed.qid][0]}")
+                raise InputError(f"qid {parsed.qid!r:.60} came before, in line {records[parsed.qid][0]}")
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{number}: not JSON: {error.msg}") from None
         except InputError as error:

@@ -45,8 +45,13 @@ P = TypeVar("P", bound=HasQid)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gt", type=Path, required=True, metavar="FILE", help="annotations, QVHighlights style jsonl")
-    parser.add_argument("--pred", type=Path, required=True, metavar="FILE", help="predictions, a line for every query")
+    assert __doc__ is not None
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = __doc__.partition("\n\n")[2]
+    parser.add_argument("--gt", type=Path, required=True, metavar="FILE", help="annotations, jsonl: see below")
+    parser.add_argument(
+        "--pred", type=Path, required=True, metavar="FILE", help="predictions, jsonl, a line for every query"
+    )
     parser.add_argument(
         "--kind",
         choices=KINDS,
