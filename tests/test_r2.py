@@ -246,6 +246,13 @@ def test_stepping_is_forward_for_rows_that_come_and_go(window: int, older: int) 
         agree(stacked(life.outputs), forward(model, recording, texts.alone(life.text)))
 
 
+@pytest.mark.parametrize("strides", [(1,), (4,), (1, 16), (4, 8)])
+def test_a_step_reaches_back_as_far_as_any_pyramid(strides: tuple[int, ...]) -> None:
+    model = build(depth=2, window=4, strides=strides, width=16, heads=2)
+    stream, texts = record(model, 50), ask(model, 3)
+    agree(stepped(model, stream, texts, model.new_state(1)), forward(model, stream, texts))
+
+
 def test_the_number_of_windows_seen_changes_nothing_else() -> None:
     """A state holds as much after 1,000 windows as before the first, in the same place."""
     model = build(depth=2, window=4, strides=(1, 2), width=8)
