@@ -152,6 +152,8 @@ BAD_LINES: list[tuple[str, Row | str, str]] = [
     ("duplicate", GUESS, "qid 1 came before, in line 1"),
     ("unknown", GUESS | {"qid": 99}, "qid 99 is not in"),
     ("another type of qid", GUESS | {"qid": "2"}, "qid '2' is not in"),
+    ("another video", GUESS | {"qid": 2, "vid": "w"}, "vid 'w' of qid 2 is 'v' in"),
+    ("another query", GUESS | {"qid": 2, "vid": "v", "query": "a cat"}, "query 'a cat' of qid 2 is 'a dog' in"),
     ("no qid", {k: v for k, v in GUESS.items() if k != "qid"}, "missing key 'qid'"),
     ("qid of a fraction", GUESS | {"qid": 2.0}, "qid must be a whole number or a string, got 2.0"),
     ("qid true", GUESS | {"qid": True}, "qid must be a whole number or a string, got True"),

@@ -94,9 +94,12 @@ def read_pairs(
     """Every annotation with its prediction, in the order of the annotations.
 
     Raises:
-        InputError: as read_lines, and for a prediction of what is not annotated or none of what is.
+        InputError: as read_lines, for a prediction of what is not annotated or none of what is, and where both files
+            name the video or the query of a qid, but not the same.
     """
-    truths, predictions = read_lines(gt, truth), read_lines(pred, prediction)
+    annotated: dict[int | str, dict[str, str]] = {}
+    predicted: dict[int | str, dict[str, str]] = {}
+    truths, predictions = read_lines(gt, _noting(truth, annotated)), read_lines(pred, _noting(prediction, predicted))
     if unknown := [qid for qid in predictions if qid not in truths]:
         number, _ = predictions[unknown[0]]
         raise InputError(f"{pred}:{number}: qid {unknown[0]!r:.60} is not in {gt}{_others(unknown)}")
@@ -104,7 +107,25 @@ def read_pairs(
         last = max(number for number, _ in predictions.values())
         asked = f"qid {missing[0]!r:.60} of {gt}:{truths[missing[0]][0]}"
         raise InputError(f"{pred}:{last}: the file ends without a prediction for {asked}{_others(missing)}")
+    for qid, (number, _) in predictions.items():
+        for key in annotated[qid].keys() & predicted[qid].keys():
+            if annotated[qid][key] != predicted[qid][key]:
+                where = f"{annotated[qid][key]!r:.60} in {gt}:{truths[qid][0]}"
+                raise InputError(f"{pred}:{number}: {key} {predicted[qid][key]!r:.60} of qid {qid!r:.60} is {where}")
     return [(record, predictions[qid][1]) for qid, (_, record) in truths.items()]
+
+
+def _noting(
+    parse: Callable[[dict[str, Any]], T], about: dict[int | str, dict[str, str]]
+) -> Callable[[dict[str, Any]], T]:
+    """`parse`, which also notes what a line is about: equal qids of other data would score as if they fitted."""
+
+    def noted(line: dict[str, Any]) -> T:
+        record = parse(line)
+        about[record.qid] = {key: str(line[key]).strip() for key in ("vid", "query") if key in line}
+        return record
+
+    return noted
 
 
 def _others(found: list[int | str]) -> str:
