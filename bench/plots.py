@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,7 @@ TRUE, FOUND, CURVE = "#8fd19e", "#f28e2b", "#30507a"
 
 def plot_queries(watched: Sequence[Watched], hop_s: float, threshold: float, folder: Path) -> None:
     """One PNG a stream: a row a query with its score, the truth behind it and the moments told below it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     for vid, group in groupby(watched, key=lambda w: w.truth.vid):
         queries = list(group)
         figure, axes = pyplot.subplots(
@@ -44,11 +40,7 @@ def plot_queries(watched: Sequence[Watched], hop_s: float, threshold: float, fol
 
 def plot_latency(event_ms: NDArray[np.float64], client_ms: NDArray[np.float64], path: Path) -> None:
     """Histogram of glass to event and glass to client, one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 3), layout="constrained")
     edges = np.linspace(0, np.percentile(np.concatenate([event_ms, client_ms]), 99.5), 60).tolist()
     for values, label, colour in ((event_ms, "glass to event", CURVE), (client_ms, "glass to client", FOUND)):
@@ -64,11 +56,7 @@ def plot_latency(event_ms: NDArray[np.float64], client_ms: NDArray[np.float64], 
 
 def plot_cost(queries: Sequence[int], cost: dict[str, list[float]], again: dict[str, float], path: Path) -> None:
     """What a window costs over the number of queries, in image towers, beside running a whole buffer for each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
     for (runtime, values), colour in zip(cost.items(), (FOUND, CURVE), strict=True):
         axis.plot(queries, values, "o-", color=colour, label=f"causal window, {runtime}")
@@ -79,3 +67,13 @@ def plot_cost(queries: Sequence[int], cost: dict[str, list[float]], again: dict[
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    """matplotlib, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from models.errors import ModelError
 from models.heads import Earlier, Heads
-from models.temporal import Attention, Columns, TemporalState, rolled, sinusoids, unrolled
+from models.temporal import Attention, Columns, TemporalState, masking, rolled, sinusoids, unrolled
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class R2(nn.Module):
     def query_maps(self, layers: Tensor, embedding: Tensor, mask: Tensor) -> QueryMaps:
         """layers (B, K, L, width), embedding (B, D), mask (B, L) bool, false on padding -> maps."""
         tokens = [self.map_query(layer) for layer in layers.unbind(1)]
-        bias = torch.zeros_like(mask, dtype=layers.dtype).masked_fill(~mask, float("-inf"))
+        bias = masking(mask, layers.dtype)
         # The heads see the query of the last step, which reads the first of the K layers.
         weight = (self.word_weight(tokens[0]) + bias[..., None]).softmax(1)
         pooled = (weight * tokens[0]).sum(1)
@@ -313,7 +313,7 @@ class R2(nn.Module):
         ends = torch.stack([begin, begin + 1 / length], -1)[:, None, None].expand(*layers.shape[:-1], 2)
         tokens = torch.stack([self.map_video(layer) for layer in torch.cat([layers, ends], -1).unbind(2)], 2)
         place, attention = sinusoids(length, self.config.width, layers.device), self.layer.time
-        bias = None if mask is None else torch.zeros_like(mask, dtype=layers.dtype).masked_fill(~mask, float("-inf"))
+        bias = None if mask is None else masking(mask, layers.dtype)
 
         def attend(_k: int, x: Tensor) -> Tensor:
             placed = x + place

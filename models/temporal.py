@@ -84,6 +84,11 @@ def rolled(columns: Tensor, count: Tensor) -> Tensor:
     return columns.take_along_dim(((steps - count[:, None]) % length)[..., None], 1)
 
 
+def masking(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores before a softmax or a maximum: 0 where `mask` is true, -inf elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
     """Positions of mode `clip`, (T, C): 1 .. T scaled to 2 pi, sine on even and cosine on odd channels."""
     place = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * (2 * torch.pi)
@@ -156,8 +161,7 @@ class Attention(nn.Module):
         angle = torch.cat([slot, slot + band], 1)[:, None, :, None].to(self.rates.dtype) * self.rates
         there = slots < count[:, None]  # what stands at the window's own slot is too old by one
         seen = torch.stack([there & (slots < slot), there & (slots > slot)], 1)[:, None]  # (R, 1, 2, W)
-        bias = torch.zeros_like(seen, dtype=angle.dtype).masked_fill(~seen, float("-inf"))
-        return Turn(angle.cos(), angle.sin(), bias)
+        return Turn(angle.cos(), angle.sin(), masking(seen, angle.dtype))
 
     def ring(self, x: Tensor, keys: Tensor, values: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """One new window per row, x (R, C), against itself and the rings of those before -> mixed, its key and value.
