@@ -30,7 +30,7 @@ lite: $(VENV)/.dev
 	$(BIN)/python -m kernels.build
 
 splices: $(VENV)/.dev
-	$(BIN)/python -m bench.splices --clips $(DATA)/clips --photos $(DATA)/photos --out $(OUT)/splices
+	$(BIN)/python -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --out $(OUT)/splices
 	$(BIN)/livemoments bench accuracy --streams $(OUT)/splices/splices.jsonl --videos $(OUT)/splices
 
 # pip builds PyGObject against the system's GStreamer, so the system packages come first.

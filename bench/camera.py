@@ -8,8 +8,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.render import Kind, Segment, render
 from kernels.errors import InputError
+from trainer.render import Kind, Segment, render
 
 
 def clips_folder() -> Path:

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.camera import clips_folder, free_port, serve, start, wait_for_port
-from bench.render import FPS, Kind, Segment, render
 from kernels.errors import InputError, LivemomentsError
 from stream.output import check_folder, write
 from stream.predictions import to_jsonl
 from stream.subscribe import listen
+from trainer.render import FPS, Kind, Segment, render
 
 STREAM = "demo"
 MAN, CARS, BICYCLE = "a man in a suit and a bow tie", "cars in a city street", "a bicycle parked in the city"

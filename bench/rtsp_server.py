@@ -36,7 +36,7 @@ def file_for_ever(path: Path, folder: Path) -> str:
     """Launch line of a file that begins again at its end, while the clock of the stream goes on.
 
     The bare H.264 stream is repeated: it carries no times, so the parser counts frames and never jumps back. This
-    asks for a constant rate and no B-frames, as `bench.render` writes them.
+    asks for a constant rate and no B-frames, as `trainer.render` writes them.
     """
     bare = folder / "loop.h264"
     pipeline = Gst.parse_launch(

@@ -10,12 +10,12 @@ import pytest
 
 from bench.camera import clips_folder
 from bench.demo import BICYCLE, MAN, QUERIES
-from bench.render import FPS, Kind, Segment, render
 from livemoments import main
-from models.r2 import R2Config
+from models.r2_types import R2Config
 from tests.media import truncate, write_video
 from tests.test_clip import TINY
 from trainer.metrics import Prediction, read_jsonl
+from trainer.render import FPS, Kind, Segment, render
 
 REQUIRED = (
     "queries frame_ap f1_default hd_map hit1 mr_r1_50 mr_r1_70 mr_map sr_1 sr_3 smd_1 sd ed false_alarms_per_hour"

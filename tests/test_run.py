@@ -21,7 +21,6 @@ import pytest
 
 from bench.camera import clips_folder, free_port, start, wait_for_port
 from bench.demo import BICYCLE, MAN
-from bench.render import FPS, Kind, Segment, render
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
 from livemoments import main
@@ -39,6 +38,7 @@ from stream.websocket import Client
 from stream.zeromq import Subscriber
 from tests.media import write_audio
 from trainer.metrics import Prediction, read_jsonl
+from trainer.render import FPS, Kind, Segment, render
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """Plans and videos of splices, from clips and photos made on the spot."""
 
+import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.render import IDLE, Kind, Segment, render
-from bench.splices import Library, load, main, plan, truths, write
 from kernels.errors import InputError
+from trainer.library import SPLITS, Item, Library, load, part
 from trainer.metrics import Truth, inside, read_jsonl
+from trainer.render import IDLE, Kind, Segment, render
+from trainer.splices import Splice, main, plan, truths, write
 
 SMALL = (64, 36)
 
@@ -103,6 +107,101 @@ def test_every_plan_keeps_its_promises(library: Library, seed: int, streams: int
 def test_the_same_seed_gives_the_same_plan_and_another_another(library: Library) -> None:
     assert plan(library, streams=2, seed=3) == plan(library, streams=2, seed=3)
     assert plan(library, streams=2, seed=3) != plan(library, streams=2, seed=4)
+
+
+def digest(splices: Sequence[Splice]) -> str:
+    """Of all that is shown, asked and true."""
+    shown = [
+        [
+            (segment.kind, segment.frames, segment.path and segment.path.name, segment.seed)
+            for segment in splice.segments
+        ]
+        for splice in splices
+    ]
+    return hashlib.sha256(json.dumps([shown, truths(splices)]).encode()).hexdigest()[:16]
+
+
+def test_the_plan_of_a_seed_never_changes(library: Library) -> None:
+    """Published figures rest on it: who changes this changes them."""
+    assert digest(plan(library, streams=2, seed=3)) == "d6d3362715a4460b"
+
+
+@pytest.mark.shared
+def test_the_plan_behind_the_published_figures_never_changes(shared_data: Path) -> None:
+    assert digest(plan(load(shared_data / "clips", shared_data / "photos"))) == "a4e3f675cf1b213b"
+
+
+@pytest.fixture
+def plenty(tmp_path: Path) -> Library:
+    """13 clips, 200 captioned photos and 100 class names, whose files exist but are empty."""
+    clips, photos = tmp_path / "clips", tmp_path / "photos"
+    for folder in (clips, photos / "flickr", photos / "imagenet"):
+        folder.mkdir(parents=True)
+    for folder, column, suffix, count in ((clips, "clip", ".mp4", 13), (photos / "flickr", "image", "", 200)):
+        for number in range(count):
+            (folder / f"item{number}{suffix}").touch()
+        rows = [f"item{number},{how} {number}" for number in range(count) for how in ("first", "second", "third")]
+        (folder / "captions.csv").write_text("\n".join([f"{column},caption", *rows]))
+    for number in range(100):
+        (photos / "imagenet" / f"n{number}_ant.jpg").touch()
+    return load(clips, photos)
+
+
+def test_the_splits_share_nothing_and_are_together_everything(plenty: Library) -> None:
+    parts = [part(plenty, split) for split in SPLITS]
+    assert [len(dealt.clips) for dealt in parts] == [7, 2, 4]
+    for whole, dealt in (
+        (plenty.clips, [dealt.clips for dealt in parts]),
+        (plenty.captioned, [dealt.captioned for dealt in parts]),
+        (plenty.named, [dealt.named for dealt in parts]),
+    ):
+        assert sorted(item.path for items in dealt for item in items) == sorted(item.path for item in whole)
+        assert len(set().union(*dealt)) == len(whole)
+    for items, share in zip([dealt.captioned for dealt in parts], (0.60, 0.15, 0.25), strict=True):
+        assert len(items) / 200 == pytest.approx(share, abs=0.08)
+
+
+def test_other_files_move_no_photo_to_another_split(plenty: Library) -> None:
+    def places(library: Library) -> dict[Path, str]:
+        return {
+            item.path: split
+            for split in SPLITS
+            for item in (*part(library, split).captioned, *part(library, split).named)
+        }
+
+    before = places(plenty)
+    renamed = Item(Kind.PHOTO, Path("another name.jpg"), ("a thing",))
+    new = tuple(Item(Kind.PHOTO, Path(f"new{number}.jpg"), ("a thing",)) for number in range(50))
+    after = places(Library(plenty.clips, (*new, *plenty.captioned[::-1]), (renamed, *plenty.named[1:])))
+    del before[plenty.named[0].path]
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_shows_its_own_items_only(plenty: Library, split: str) -> None:
+    own = part(plenty, split)
+    paths = {item.path for item in own.clips + own.captioned + own.named}
+    splices = plan(own, streams=2, name=split)
+    assert {s.path for splice in splices for s in splice.segments} - paths == {None}
+    assert [splice.vid for splice in splices] == [f"{split}_00", f"{split}_01"]
+
+
+def test_an_item_is_asked_for_by_several_captions(plenty: Library) -> None:
+    for splice in plan(plenty, streams=2, captions=2):
+        texts: dict[Path, list[str]] = {}
+        for asked in splice.asked:
+            texts.setdefault(asked.item.path, []).append(asked.query)
+            assert asked.query in asked.item.texts
+            shown = [segment for segment in splice.segments if segment.path == asked.item.path]
+            assert [segment.frames for segment in shown] == [end - start for start, end in asked.windows]
+        assert len(texts) == 11
+        assert all(len(set(own)) == len(own) == (1 if "imagenet" in str(path) else 2) for path, own in texts.items())
+
+
+def test_a_caption_that_two_people_wrote_is_asked_once(library: Library) -> None:
+    twice = replace(library, captioned=tuple(replace(item, texts=item.texts[:1] * 5) for item in library.captioned))
+    (splice,) = plan(twice, streams=1, captions=3)
+    assert len(splice.asked) == 11
 
 
 @pytest.mark.shared
@@ -198,6 +297,20 @@ def test_the_command_writes_videos_and_lines(folders: tuple[Path, Path], tmp_pat
     assert [truth.vid for truth in read_jsonl(out / "splices.jsonl", Truth)] == ["splice_00"] * 2
 
 
+def test_the_command_takes_every_flag(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips, photos = map(str, folders)
+    out = tmp_path / "out"
+    rest = ["--streams", "1", "--seconds", "60", "--seed", "5", "--exclude"]
+    flags = ["--split", "train", "--captions", "2", "--things", "--assume-absent"]
+    assert main(["--clips", clips, "--photos", photos, "--out", str(out), *flags, *rest]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["splices.jsonl", "train_00.mp4"]
+    lines = read_jsonl(out / "splices.jsonl", Truth)
+    assert f"1 streams, {len(lines)} queries (" in capsys.readouterr().out
+    assert {truth.vid for truth in lines} == {"train_00"}
+
+
 def test_a_failed_run_leaves_no_lines_and_no_half_video(library: Library, tmp_path: Path) -> None:
     out = tmp_path / "out"
     splices = plan(library, streams=1, seconds=60, fps=1)
@@ -242,7 +355,9 @@ def test_bad_folders_get_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [["--streams", "0"], ["--seconds", "59"], ["--streams", "9"]])
+@pytest.mark.parametrize(
+    "option", [["--streams", "0"], ["--seconds", "59"], ["--streams", "9"], ["--captions", "0"], ["--split", "val"]]
+)
 def test_bad_numbers_get_one_clear_line(
     folders: tuple[Path, Path], option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

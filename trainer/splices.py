@@ -1,35 +1,32 @@
 """Long streams whose moments are known, spliced out of captioned clips and photos.
 
-    python -m bench.splices --clips DIR --photos DIR --out DIR [--streams N] [--seconds S] [--seed K]
+    python -m trainer.splices --clips DIR --photos DIR --out DIR [--streams N] [--seconds S] [--seed K]
+        [--split train|val|test] [--captions N] [--things [--assume-absent]]
 
 Each queried item is shown twice in its stream, among the others, unqueried photos and idle stretches. Its text
 is true while it is shown and counts as false at any other time: another item that happens to answer it too is
-counted as wrong, since nobody looked. Items are drawn by the seed from the whole folders. `load` and `plan` decide
-what is shown when; bench.render makes the pictures.
-
-DIR of clips: captions.csv (clip, caption) beside <clip>.mp4. DIR of photos: flickr/captions.csv (image, caption;
-several lines per image) beside the images, and imagenet/<wnid>_<class_name>.jpg.
+counted as wrong, since nobody looked. Items are drawn by the seed from the whole folders, or from one of the three
+sets they are dealt into. `plan` decides what is shown when; trainer.library has what can be shown, trainer.things the
+generic queries, trainer.render the pictures.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.render import FPS, IDLE, Kind, Segment, render
 from kernels.errors import InputError, LivemomentsError
-
-SEPARATELY_SCORED = ("car-detection", "one-by-one-person-detection")
-"""Clips that are recordings with true moments of their own (streams.jsonl): splices leave them out."""
+from trainer.library import SEPARATELY_SCORED, SPLITS, Item, Library, load, part
+from trainer.render import FPS, IDLE, Kind, Segment, render
+from trainer.things import AskedThing, ask
 
 SHOWINGS = 2
 SHOWING_S = (8.0, 20.0)  # triangular with its peak at the low end: 12 s in the mean
@@ -37,22 +34,6 @@ FILLER_S = (3.0, 10.0)
 SHOWN_SHARE = (0.7, 0.9)  # of a stream's time; the rest is filler
 SECONDS_PER_QUERY = 30  # 24 s of them true in the mean, which leaves a fifth of the stream to fillers
 CLIP_S = 2  # QVHighlights' unit of saliency
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something that can be shown and asked for."""
-
-    kind: Kind  # CLIP or PHOTO
-    path: Path
-    texts: tuple[str, ...]  # each true of it
-
-
-@dataclass(frozen=True)
-class Library:
-    clips: tuple[Item, ...]
-    captioned: tuple[Item, ...]
-    named: tuple[Item, ...]
 
 
 @dataclass(frozen=True)
@@ -70,73 +51,34 @@ class Splice:
     fps: int
     segments: tuple[Segment, ...]
     asked: tuple[Asked, ...]
+    things: tuple[AskedThing, ...] = ()
 
     @property
     def frames(self) -> int:
         return sum(segment.frames for segment in self.segments)
 
 
-def load(clips: Path, photos: Path, exclude: Sequence[str] = SEPARATELY_SCORED) -> Library:
-    """Everything that may be shown, in a fixed order.
+def plan(
+    library: Library,
+    *,
+    streams: int = 15,
+    seconds: int = 330,
+    seed: int = 0,
+    fps: int = FPS,
+    captions: int = 1,
+    name: str = "splice",
+) -> list[Splice]:
+    """Choose items and times; the same arguments give the same plan. Streams are called <name>_00 and so on.
+
+    A stream asks for one item per 30 s: two or three clips (each again once all had their turn), one or two class
+    names, and captioned photos for the rest, each by up to `captions` of its texts. No queried photo appears in two
+    streams. Boundaries lie anywhere on the frame grid.
 
     Raises:
-        InputError: a folder, a table or a file that a table names is missing, or a table is malformed.
+        InputError: fewer clips or photos than that takes, or `streams`, `seconds` or `captions` out of range.
     """
-    flickr, imagenet = photos / "flickr", photos / "imagenet"
-    for folder in (clips, flickr, imagenet):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder")
-    moving = [
-        Item(Kind.CLIP, path, texts)
-        for path, texts in _captions(clips, "clip", ".mp4").items()
-        if path.stem not in exclude
-    ]
-    captioned = [Item(Kind.PHOTO, path, texts) for path, texts in _captions(flickr, "image", "").items()]
-    named = [
-        Item(Kind.PHOTO, path, (_with_article(path.stem.partition("_")[2].replace("_", " ")),))
-        for path in sorted(imagenet.glob("*_*.jpg"))
-    ]
-    return Library(tuple(moving), tuple(captioned), tuple(named))
-
-
-def _with_article(name: str) -> str:
-    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
-
-
-def _captions(folder: Path, column: str, suffix: str) -> dict[Path, tuple[str, ...]]:
-    table = folder / "captions.csv"
-    found: dict[Path, tuple[str, ...]] = {}
-    try:
-        with table.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            if not {column, "caption"} <= set(reader.fieldnames or ()):
-                raise InputError(f"{table}: the first line must name the columns {column} and caption")
-            for row in reader:
-                # Flickr8k's captions end in " .", which nobody types.
-                name, text = (row[column] or "").strip(), (row["caption"] or "").strip(" .")
-                if None in row or not name or not text:
-                    raise InputError(f"{table}:{reader.line_num}: expected {','.join(reader.fieldnames or ())}")
-                path = folder / (name + suffix)
-                if not path.is_file():
-                    raise InputError(f"{table}:{reader.line_num}: {path.name} is not in the folder")
-                found[path] = (*found.get(path, ()), text)
-    except OSError as error:
-        raise InputError(f"{table}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{table}: not a table: {error}") from None
-    return found
-
-
-def plan(library: Library, *, streams: int = 15, seconds: int = 330, seed: int = 0, fps: int = FPS) -> list[Splice]:
-    """Choose items and times; the same arguments give the same plan.
-
-    A stream asks one query per 30 s: two or three clips (each again once all had their turn), one or two class
-    names, and captioned photos for the rest. No queried photo appears in two streams. Boundaries lie anywhere on
-    the frame grid.
-
-    Raises:
-        InputError: fewer clips or photos than that takes, or `streams` or `seconds` out of range.
-    """
+    if captions < 1:
+        raise InputError(f"at least 1 caption of each item, got {captions}")
     queries = seconds // SECONDS_PER_QUERY
     if streams < 1 or queries < SHOWINGS:
         raise InputError(f"at least 1 stream of {SHOWINGS * SECONDS_PER_QUERY} s, got {streams} of {seconds} s")
@@ -160,13 +102,19 @@ def plan(library: Library, *, streams: int = 15, seconds: int = 330, seed: int =
         raise InputError(f"not enough photos for {streams} streams of {seconds} s: none is left to distract")
     distractors = itertools.cycle(rest)
     return [
-        _splice(f"splice_{index:02d}", items, distractors, seconds * fps, fps, rng)
+        _splice(f"{name}_{index:02d}", items, distractors, seconds * fps, fps, captions, rng)
         for index, items in enumerate(chosen)
     ]
 
 
 def _splice(
-    vid: str, items: list[Item], distractors: Iterator[Item], frames: int, fps: int, rng: random.Random
+    vid: str,
+    items: list[Item],
+    distractors: Iterator[Item],
+    frames: int,
+    fps: int,
+    captions: int,
+    rng: random.Random,
 ) -> Splice:
     order = _shuffled(items * SHOWINGS, rng)
     while any(a is b for a, b in itertools.pairwise(order)):
@@ -193,7 +141,12 @@ def _splice(
             segments.append(Segment(item.kind, length, item.path, rng.getrandbits(32)))
             windows[item.path].append((at, at + length))
             at += length
-    asked = tuple(Asked(rng.choice(item.texts), item, tuple(windows[item.path])) for item in items)
+    asked = tuple(
+        Asked(text, item, tuple(windows[item.path]))
+        for item in items
+        # Two people may have written the same.
+        for text in dict.fromkeys(rng.sample(item.texts, min(captions, len(item.texts))))
+    )
     return Splice(vid, fps, tuple(segments), asked)
 
 
@@ -216,55 +169,125 @@ def _shuffled(items: Sequence[Item], rng: random.Random) -> list[Item]:
     return rng.sample(items, len(items))
 
 
-def truths(splices: Sequence[Splice]) -> list[dict[str, Any]]:
-    """The lines of a QVHighlights-style jsonl, times in seconds, plus `source`: the file that is shown.
-
-    A 2 s clip is relevant when the item is shown for at least half of it.
-    """
-    lines = []
-    for qid, (splice, asked) in enumerate(((s, a) for s in splices for a in s.asked), start=1):
-        fps, clip = splice.fps, CLIP_S * splice.fps
-        shown = np.zeros(splice.frames, dtype=bool)
-        for start, end in asked.windows:
-            shown[start:end] = True
-        count = splice.frames // clip
-        relevant = np.flatnonzero(shown[: count * clip].reshape(count, clip).mean(axis=1) >= 0.5).tolist()
-        lines.append(
-            {
-                "qid": qid,
-                "query": asked.query,
-                "vid": splice.vid,
-                "duration": round(splice.frames / fps, 3),
-                "relevant_windows": [[round(s / fps, 3), round(e / fps, 3)] for s, e in asked.windows],
-                "relevant_clip_ids": relevant,
-                "saliency_scores": [[4, 4, 4]] * len(relevant),
-                "source": str(Path(*asked.item.path.parts[-2:])),
-            }
+def with_things(
+    splices: Sequence[Splice], library: Library, *, seed: int = 0, assume_absent: bool = False
+) -> list[Splice]:
+    """The same streams, which also ask a few generic queries."""
+    rng = random.Random(seed)
+    return [
+        replace(
+            splice,
+            things=tuple(
+                ask(
+                    splice.segments,
+                    library,
+                    rng,
+                    besides={asked.query for asked in splice.asked},
+                    assume_absent=assume_absent,
+                )
+            ),
         )
+        for splice in splices
+    ]
+
+
+def truths(splices: Sequence[Splice]) -> list[dict[str, Any]]:
+    """The lines of a QVHighlights-style jsonl, times in seconds, the things of a stream after its items.
+
+    An item's line has `source`, the file that is shown; a thing's has `ignored_windows`, the times at which nobody
+    knows. A 2 s clip is relevant when the answer is shown for at least half of it.
+    """
+    lines: list[dict[str, Any]] = []
+    for splice in splices:
+        for asked in splice.asked:
+            source = str(Path(*asked.item.path.parts[-2:]))
+            lines.append(_line(len(lines) + 1, splice, asked.query, asked.windows) | {"source": source})
+        for thing in splice.things:
+            ignored = _seconds(thing.ignored, splice.fps)
+            lines.append(_line(len(lines) + 1, splice, thing.query, thing.windows) | {"ignored_windows": ignored})
     return lines
+
+
+def _line(qid: int, splice: Splice, query: str, windows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    clip = CLIP_S * splice.fps
+    shown = np.zeros(splice.frames, dtype=bool)
+    for start, end in windows:
+        shown[start:end] = True
+    count = splice.frames // clip
+    relevant = np.flatnonzero(shown[: count * clip].reshape(count, clip).mean(axis=1) >= 0.5).tolist()
+    return {
+        "qid": qid,
+        "query": query,
+        "vid": splice.vid,
+        "duration": round(splice.frames / splice.fps, 3),
+        "relevant_windows": _seconds(windows, splice.fps),
+        "relevant_clip_ids": relevant,
+        "saliency_scores": [[4, 4, 4]] * len(relevant),
+    }
+
+
+def _seconds(windows: Sequence[tuple[int, int]], fps: int) -> list[list[float]]:
+    return [[round(start / fps, 3), round(end / fps, 3)] for start, end in windows]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.splices", description="Make long streams with known moments."
+        prog="python -m trainer.splices", description="Make long streams with known moments."
     )
     parser.add_argument("--clips", type=Path, required=True, metavar="DIR", help="captions.csv and <clip>.mp4")
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="flickr/ and imagenet/")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets the mp4 files and splices.jsonl")
     parser.add_argument("--streams", type=int, default=15, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=330, metavar="S", help="length of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="K", help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="K", help="draws items, times and texts (default: %(default)s)"
+    )
     parser.add_argument(
         "--exclude",
         nargs="*",
         default=SEPARATELY_SCORED,
         metavar="CLIP",
-        help="clips to leave out (default: %(default)s)",
+        help="clips to leave out, the same ones for each split (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, help="show and ask for the clips and photos of one of three sets that share none"
+    )
+    parser.add_argument(
+        "--captions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ask for each item by up to N of its captions, each a query of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--things",
+        action="store_true",
+        help='also ask up to 4 generic queries a stream ("a dog", "snow"), true where captions say so; '
+        "ignored_windows in splices.jsonl are where nobody knows",
+    )
+    parser.add_argument(
+        "--assume-absent",
+        action="store_true",
+        help="with --things: what the name of an imagenet photo does not suggest is not in it (some of it is: "
+        "for training only)",
     )
     options = parser.parse_args(arguments)
     try:
+        if options.assume_absent and not options.things:
+            raise InputError("--assume-absent is about --things: ask for these too")
         library = load(options.clips, options.photos, options.exclude)
-        splices = plan(library, streams=options.streams, seconds=options.seconds, seed=options.seed)
+        if options.split:
+            library = part(library, options.split)
+        splices = plan(
+            library,
+            streams=options.streams,
+            seconds=options.seconds,
+            seed=options.seed,
+            captions=options.captions,
+            name=options.split or "splice",
+        )
+        if options.things:
+            splices = with_things(splices, library, seed=options.seed, assume_absent=options.assume_absent)
         write(splices, options.out)
     except LivemomentsError as error:
         print(f"splices: {error}", file=sys.stderr)
@@ -294,11 +317,10 @@ def write(splices: Sequence[Splice], out: Path) -> None:
     (out / "splices.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     true = sum(end - start for line in lines for start, end in line["relevant_windows"])
     prior = true / sum(line["duration"] for line in lines)
-    names = sum("imagenet/" in line["source"] for line in lines)
-    print(
-        f"{len(splices)} streams, {len(lines)} queries ({len(lines) - names} captions, {names} class names), "
-        f"mean prior {prior:.3f}, in {out}"
-    )
+    things = sum(len(splice.things) for splice in splices)
+    names = sum("imagenet/" in line.get("source", "") for line in lines)
+    kinds = f"{len(lines) - names - things} captions, {names} class names" + (f", {things} things" if things else "")
+    print(f"{len(splices)} streams, {len(lines)} queries ({kinds}), mean prior {prior:.3f}, in {out}")
 
 
 if __name__ == "__main__":
