@@ -33,7 +33,8 @@ from kernels.export import export
 from models.clip import VIT_B32, ClipImageTower
 from models.graphs import Graph as Exported
 from models.graphs import graphs, step_axes, step_columns, step_inputs
-from models.r2 import R2, ClipOutputs, QueryMaps, R2Config
+from models.r2 import R2
+from models.r2_types import ClipOutputs, QueryMaps, R2Config
 from models.temporal import TemporalState
 from stream.output import check_writable
 
@@ -156,7 +157,7 @@ class _Causal:
         """One window for as many queries as `state` has rows, which it is written into."""
         words = torch.randn(rows, CAUSAL.depth, WORDS, CAUSAL.text_width)
         mask = torch.ones(rows, WORDS, dtype=torch.bool)
-        query = self.model.query_maps(words, torch.randn(rows, CAUSAL.embedding), mask)
+        query = self.model.query_maps(words, torch.randn(rows, CAUSAL.embedding + 1), mask)
         video = self.model.video_maps(self.layers, self.embedding)
         given = step_inputs(video, torch.zeros(rows, dtype=torch.int64), query, state)
         step = self.few if rows <= FEW else self.many
@@ -223,7 +224,7 @@ class _Whole(nn.Module):
 def _whole(folder: Path) -> Runtimes:
     model = R2(replace(CAUSAL, mode="clip", embedding=0)).eval()
     words = torch.randn(1, CAUSAL.depth, WORDS, CAUSAL.text_width)
-    query = model.query_maps(words, torch.zeros(1, 0), torch.ones(1, WORDS, dtype=torch.bool))
+    query = model.query_maps(words, torch.zeros(1, 1), torch.ones(1, WORDS, dtype=torch.bool))
     layers = torch.randn(1, BUFFER, CAUSAL.depth, 1 + VIT_B32.patches, CAUSAL.video_width)
     return _both(folder / "whole", _Whole(model, query), layers)
 

@@ -5,6 +5,14 @@
     text.onnx       tokens, mask (N, L) int64 -> pooled (N, D) unit norm, level (N,), spread (N,)
     tokenizer.json
 
+A bundle with a trained head (models/r2.py, mode causal) gives the last K layers of both towers too, and holds
+
+    image.onnx      .. and layers (N, K, 1+P, width)
+    text.onnx       .. and layers (N, K, L, width), sentence (N, D + 1), its embedding (models/backbone.py)
+    video.onnx      layers and pooled of windows -> what every query reads of them
+    query.onnx      layers, sentence and mask of texts -> what every window reads of them
+    head.onnx       one window of one stream and all its rows -> their saliency, and what to remember
+
 `kernels/engine.py` runs a bundle, `kernels/build.py` makes one.
 """
 
@@ -19,6 +27,21 @@ from kernels.errors import BundleError
 FORMAT = 1
 EMBEDDED = Path(__file__).parent / "bundles" / "lite"
 """The bundle that travels with the project."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What the run half must know of a trained head."""
+
+    depth: int  # K
+    window: int  # W: windows that each of the K rings holds
+    width: int  # C
+    heads: int
+    reach: int  # windows that the history holds
+    column: int  # E: numbers that it holds of each
+    hop_s: float  # seconds between windows: it serves no other hop
+    centre: float  # saliency that makes a score of 0.5
+    slope: float  # of the logistic curve there
 
 
 @dataclass(frozen=True)
@@ -37,6 +60,7 @@ class Manifest:
     versions: dict[str, str]  # of the tools that built it
     sources: list[dict[str, str]]  # where the weights come from: package, version, licence
     files: dict[str, dict[str, Any]]  # name -> {"sha256": hex, "bytes": size}
+    head: HeadShape | None = None  # None: zero-shot
 
     def write(self, folder: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
@@ -69,9 +93,10 @@ def load_manifest(folder: Path) -> Manifest:
         found = found if isinstance(fields, dict) else None
         raise BundleError(f"{folder} is a bundle of format {found}, this version reads {FORMAT}: build it again")
     try:
-        manifest = Manifest(**fields)
+        head = fields.pop("head", None)
+        manifest = Manifest(**fields, head=None if head is None else HeadShape(**head))
     except TypeError as error:
-        problem = str(error).removeprefix("Manifest.__init__() ")
+        problem = str(error).partition("__init__() ")[2] or str(error)
         raise BundleError(f"{folder}/manifest.json is damaged: {problem}; build it again") from None
     for name, expected in manifest.files.items():
         path = folder / name

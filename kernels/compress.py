@@ -37,9 +37,11 @@ def compress(model: onnx.ModelProto, precision: dict[str, str]) -> None:
             values = numpy_helper.to_array(tensor)
             if values.dtype != np.float32 or values.size < SMALL:
                 continue
-            if sum(name in other.input for other in graph.node) != 1:
-                raise ValueError(f"weight {name} is read by several nodes: compress the model before they share it")
-            graph.initializer.remove(tensor)
+            # Restored once, in front of its first reader, it serves all: a loop that the export unrolled reads often.
+            readers = [other.op_type for other in graph.node if name in other.input]
+            if len(readers) > 1 and ("Gather" in readers or {precision.get(each) for each in readers} != {stored}):
+                raise ValueError(f"weight {name} is read by {', '.join(readers)}: they do not want it alike")
+            graph.initializer.remove(weights.pop(name))
             if stored == "fp16":
                 _store(graph, name + ".fp16", values.astype(np.float16))
                 _restore(graph, node, position, [_cast(name + ".fp16", name)])

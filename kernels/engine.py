@@ -12,9 +12,18 @@ from tokenizers import Tokenizer
 
 from kernels.bundle import EMBEDDED, Manifest, load_manifest
 from kernels.errors import BundleError, InputError
+from kernels.head import Head, Maps
 from kernels.preprocess import Pixels, crop
 
 Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """N encoded frames."""
+
+    pooled: Vectors  # (N, D)
+    layers: Vectors | None  # (N, K, 1+P, width); None where no head reads them
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +33,7 @@ class Texts:
     pooled: Vectors  # (N, D) unit norm
     level: Vectors  # (N,) mean of a query's cosine with what the backbone knows: its background
     spread: Vectors  # (N,) standard deviation of the same
+    maps: list[Maps] | None  # N, what the head reads of each; None where there is none
 
 
 class Graph:
@@ -62,6 +72,8 @@ class Engine:
         try:
             self._image, self._text = (Graph(folder / name, threads=threads) for name in ("image.onnx", "text.onnx"))
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            shape, files = self.manifest.head, ("video.onnx", "query.onnx", "head.onnx")
+            self.head = Head(shape, *(Graph(folder / name, threads=threads) for name in files)) if shape else None
         except Exception as error:  # both libraries raise bare Exception for a file they cannot read
             line = str(error).splitlines()[0]
             raise BundleError(f"engine bundle {folder} cannot be loaded: {line}") from error
@@ -69,17 +81,29 @@ class Engine:
         self._tokenizer.no_truncation()
         self._tokenizer.enable_padding()
 
-    def embed_crops(self, crops: Pixels) -> Vectors:
-        """crops (N, size, size, 3) uint8 RGB -> (N, D)."""
-        return self._image(crops=crops)["pooled"]
+    def embed_crops(self, crops: Pixels) -> Images:
+        """crops (N, size, size, 3) uint8 RGB."""
+        found = self._image(crops=crops)
+        return Images(found["pooled"], found.get("layers"))
 
-    def embed_frames(self, frames: Sequence[Pixels]) -> Vectors:
-        """frames: (H, W, 3) uint8 RGB each, of any sizes -> (N, D)."""
+    def embed_frames(self, frames: Sequence[Pixels]) -> Images:
+        """frames: (H, W, 3) uint8 RGB each, of any sizes."""
         m = self.manifest
         return self.embed_crops(np.stack([crop(f, resize=m.image_resize, size=m.image_size) for f in frames]))
 
     def embed_texts(self, texts: Sequence[str]) -> Texts:
         """Encode queries, in one batch.
+
+        Raises:
+            InputError: a text is empty or longer than the engine's context.
+        """
+        tokens, mask = self.tokenise(texts)
+        found = self._text(tokens=tokens, mask=mask)
+        maps = self.head.map_queries(found["layers"], found["sentence"], mask > 0) if self.head else None
+        return Texts(found["pooled"], found["level"], found["spread"], maps)
+
+    def tokenise(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """-> tokens, mask (N, L), padded to the longest text.
 
         Raises:
             InputError: a text is empty or longer than the engine's context.
@@ -97,4 +121,4 @@ class Engine:
                 )
         tokens = np.array([e.ids for e in encoded], dtype=np.int64)  # (N, L)
         mask = np.array([e.attention_mask for e in encoded], dtype=np.int64)
-        return Texts(**self._text(tokens=tokens, mask=mask))
+        return tokens, mask

@@ -36,5 +36,11 @@ def saliency(
         raw (Q,), a cosine that shrinks towards 0 where there is little to see, and score (Q,) in [0, 1].
     """
     raw = queries @ (window / np.sqrt(window @ window + calibration.floor**2))  # (Q,)
-    spreads = (raw - level) / spread
-    return raw, 1 / (1 + np.exp(-calibration.slope * (spreads - calibration.centre)))
+    return raw, logistic((raw - level) / spread, calibration.centre, calibration.slope)
+
+
+def logistic(x: Floats, centre: float, slope: float) -> Floats:
+    """0.5 at `centre`, and `slope` steep there, in float32."""
+    # Beyond +-30 it is 0 or 1 in float32 anyway, and its exponential would overflow in time.
+    score: Floats = 1 / (1 + np.exp(-np.clip(slope * (x - centre), -30, 30)))
+    return score

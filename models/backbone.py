@@ -3,6 +3,9 @@
 `clip` is a CLIP of the hub's layout, see `models/clip.py`. `lite` needs no hub, see `models/lite.py`; a CNN and a
 sentence encoder have no layers in common, so four taps of the one and the last four layers of the other stand for them.
 
+Both towers also give an embedding. Zero-shot, a text's fit to an image is v . q[:D] + q[D], where q (D + 1) is the
+text's embedding and v comes of the image's, e / sqrt(|e|^2 + floor^2).
+
 Letters: N images or texts, S side of a crop, K layers, P patches, L tokens, D embedding width.
 """
 
@@ -14,9 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from models.clip import ClipImageTower, load_clip
+from models.clip import ClipImageTower, ClipTextTower, load_clip
 from models.errors import ModelError
-from models.lite import IMAGE_SIZE, MAX_TOKENS, RESIZE, TAP_CHANNELS, ImageTower, QueryTower, normalised
+from models.lite import (
+    EMBEDDING,
+    FLOOR,
+    IMAGE_SIZE,
+    MAX_TOKENS,
+    RESIZE,
+    TAP_CHANNELS,
+    ImageTower,
+    QueryTower,
+    normalised,
+)
 from models.lite_packages import load_tokenizer, tokenise, towers
 
 LITE_SIDE = 7
@@ -29,9 +42,13 @@ class Backbone:
 
     name: str
     image: nn.Module
-    """crops (N, S, S, 3) uint8 RGB -> layers (N, K, 1+P, video_width), the deepest last, and embedding (N, D)."""
+    """crops (N, S, S, 3) uint8 RGB -> layers (N, K, 1+P, video_width), the deepest last, and embedding (N, D), raw."""
     text: nn.Module
-    """ids, mask (N, L) int64 -> layers (N, K, L, text_width) and embedding (N, D)."""
+    """ids, mask (N, L) int64 -> layers (N, K, L, text_width) and embedding (N, D + 1).
+
+    Of a CLIP the fit is a cosine: the text's vector of unit norm, and 0. Of lite it counts in spreads above the text's
+    level (see kernels/saliency.py): the vector by its spread, and minus its level by its spread.
+    """
     tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
     """Texts -> ids, mask (N, L); a text too long is a ModelError."""
     resize: int
@@ -45,6 +62,8 @@ class Backbone:
     text_width: int
     embedding: int
     """D."""
+    floor: float
+    """Length that an image's embedding must exceed to count in full: 0, or lite's."""
 
 
 def load_backbone(name: str, depth: int = 4) -> Backbone:
@@ -70,13 +89,23 @@ class _ClipImage(nn.Module):
         return layers, embedding
 
 
+class _ClipText(nn.Module):
+    def __init__(self, tower: ClipTextTower) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        layers, embedding = self.tower(ids, mask)
+        return layers, F.pad(F.normalize(embedding, dim=-1), (0, 1))
+
+
 def _clip(source: str, depth: int) -> Backbone:
     clip = load_clip(source, depth)
     config = clip.config
     return Backbone(
         name=source if not Path(source).is_dir() else str(Path(source).resolve()),
         image=_ClipImage(clip.image, config.mean, config.std).eval(),
-        text=clip.text,
+        text=_ClipText(clip.text).eval(),
         tokenize=lambda texts: clip.tokenize(texts, truncate=False),
         resize=config.image_size,
         size=config.image_size,
@@ -85,6 +114,7 @@ def _clip(source: str, depth: int) -> Backbone:
         video_width=config.image.width,
         text_width=config.text.width,
         embedding=config.projection,
+        floor=0.0,
     )
 
 
@@ -119,8 +149,9 @@ class _LiteText(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.tower.text.hidden(ids, mask)
-        sentence = self.tower.text.pool(hidden[-1], mask)
-        return torch.stack(hidden[-self.depth :], 1), self.tower.place(sentence)
+        pooled, level, spread = self.tower.compared(self.tower.text.pool(hidden[-1], mask))
+        embedding = torch.cat([pooled, -level[:, None]], -1) / spread[:, None]
+        return torch.stack(hidden[-self.depth :], 1), embedding
 
 
 def _lite(depth: int) -> Backbone:
@@ -146,6 +177,7 @@ def _lite(depth: int) -> Backbone:
         depth=depth,
         patches=LITE_SIDE**2,
         video_width=max(TAP_CHANNELS),
-        text_width=query.centre.shape[0],
-        embedding=query.centre.shape[0],
+        text_width=EMBEDDING,
+        embedding=EMBEDDING,
+        floor=FLOOR,
     )

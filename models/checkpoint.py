@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.published import load_weights
-from models.r2 import R2, R2Config
+from models.r2 import R2
+from models.r2_types import R2Config
 
 FORMAT = 1
 """Raised when an older program would misread the file."""
@@ -33,6 +34,8 @@ class Provenance:
     """Seconds between windows; a trained head serves no other hop."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping, as JSON: data, losses, scores."""
+    calibration: dict[str, float] = field(default_factory=dict)
+    """`centre` and `slope`, once fitted: score = sigmoid(slope (saliency - centre)). No bundle is built without."""
 
 
 def save_checkpoint(path: Path, model: R2, provenance: Provenance) -> None:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.r2 import R2, CausalOutputs, QueryMaps, VideoMaps, WordMaps
+from models.r2 import R2
+from models.r2_types import CausalOutputs, QueryMaps, VideoMaps, WordMaps
 from models.temporal import Columns, TemporalState
 
 _VIDEO = {"video_tokens": ("streams", None, "patches"), "video_embedding": ("streams",)}
@@ -42,7 +43,7 @@ def graphs(model: R2, patches: int) -> dict[str, Graph]:
     """The graphs of a causal model, by name, traced at a few rows and `patches` patches."""
     c, streams, rows, words = model.config, 2, 3, 5
     video = torch.randn(streams, c.depth, 1 + patches, c.video_width), torch.randn(streams, c.embedding)
-    texts = torch.randn(rows, c.depth, words, c.text_width), torch.randn(rows, c.embedding)
+    texts = torch.randn(rows, c.depth, words, c.text_width), torch.randn(rows, c.embedding + 1)
     mask = torch.ones(rows, words, dtype=torch.bool)
     with torch.no_grad():
         maps, query = model.video_maps(*video), model.query_maps(*texts, mask)

@@ -19,6 +19,18 @@ Earlier = Callable[[slice, Tensor, int], Tensor]
 _OUTPUTS = 3  # class logit, log distance to the start, log distance to the end
 
 
+def surest(logits: list[Tensor], length: int) -> Tensor:
+    """The largest class probability over the levels of a whole recording, (B, T), from (B, T / stride) of each.
+
+    A level's values hold T // n times each, as published, and the last one to the end.
+    """
+    held = []
+    for logit in logits:
+        x = logit.sigmoid().repeat_interleave(length // logit.shape[1], 1)
+        held.append(torch.cat([x, x[:, -1:].expand(-1, length - x.shape[1])], 1))
+    return torch.stack(held).amax(0)
+
+
 class _Conv(nn.Module):
     """A convolution over time whose weight lies as a step reads it: (outputs, taps, inputs)."""
 

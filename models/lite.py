@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name every torch user reads)
 
 RESIZE, IMAGE_SIZE = 256, 224  # ImageNet's evaluation: the short side, then the crop at the centre
+EMBEDDING = 384  # D
 MAX_TOKENS = 128  # what all-MiniLM-L6-v2 was trained on
 CLASSES = 1000
 TEMPERATURE = 2.0
+FLOOR = 0.02  # length that an image's vector must exceed to count in full: it quiets grey and black pictures
 
 PERSON_SHARE = 0.2
 PERSON_TEXTS = ("a photo of a person", "a man", "a woman", "people", "a child")
@@ -250,14 +252,14 @@ class QueryTower(nn.Module):
 
         Level and spread are mean and standard deviation of the query's cosine with the vectors of all classes.
         """
-        pooled = self.place(self.text(tokens, mask))
+        return self.compared(self.text(tokens, mask))
+
+    def compared(self, sentence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A sentence's embedding (N, D) -> what `forward` gives."""
+        pooled = F.normalize(sentence - self.centre, dim=-1)
         cosines = pooled @ self.directions  # (N, 1000)
         level = cosines.mean(-1)
         return pooled, level, (cosines - level[:, None]).square().mean(-1).sqrt()
-
-    def place(self, sentence: Tensor) -> Tensor:
-        """A sentence's embedding (N, D) in the centred space, unit norm."""
-        return F.normalize(sentence - self.centre, dim=-1)
 
 
 def class_space(names: list[str], encode: Callable[[list[str]], Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
-from models.r2 import R2, R2Config
+from models.r2 import R2
+from models.r2_types import R2Config
 
 _RENAMED = (
     (r"adapter\.video_map\.(\d)\.", r"map_video.\1."),

@@ -10,117 +10,15 @@ C width, D width of the backbone's embedding.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from models.errors import ModelError
-from models.heads import Earlier, Heads
+from models.heads import Earlier, Heads, surest
+from models.r2_types import CausalOutputs, ClipOutputs, QueryMaps, R2Config, VideoMaps, WordMaps
 from models.temporal import Attention, Columns, TemporalState, masking, rolled, sinusoids, unrolled
-
-
-@dataclass(frozen=True, slots=True)
-class R2Config:
-    """Shape of the model; a checkpoint carries it."""
-
-    mode: Literal["clip", "causal"]
-    video_width: int
-    """Of the backbone's image tokens."""
-    text_width: int
-    """Of its text tokens."""
-    embedding: int = 0
-    """D of its image and text embeddings, for the zero-shot part of a causal score; 0 leaves that out."""
-    depth: int = 4
-    """K: how many of the backbone's last layers are read."""
-    width: int = 256
-    heads: int = 8
-    ratio: int = 4
-    """Of the feed-forward layer."""
-    strides: tuple[int, ...] = (1, 2, 4, 8)
-    """Of the temporal pyramid, powers of two, ascending."""
-    window: int = 32
-    """W, causal only: windows that each depth step sees, the present one included."""
-    dropout: float = 0.5
-    """On the inputs of the maps, in training."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("clip", "causal"):
-            raise ModelError(f'mode must be "clip" or "causal", got {self.mode!r}')
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < (0 if field.name == "embedding" else 1):
-                raise ModelError(f"{field.name} must be positive, got {value}")
-        if not 0 <= self.dropout < 1:
-            raise ModelError(f"dropout must be at least 0 and less than 1, got {self.dropout:g}")
-        if self.width % (2 * self.heads):
-            raise ModelError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
-        ascending = sorted(set(self.strides))
-        if not self.strides or list(self.strides) != ascending or any(s < 1 or s & (s - 1) for s in ascending):
-            raise ModelError(f"strides must be powers of two, each larger than the one before, got {self.strides}")
-
-
-class VideoMaps(NamedTuple):
-    """What of a window does not depend on the query: computed once a stream, kept for backfill."""
-
-    tokens: Tensor  # (.., K, 1+P, C): CLS and patches
-    embedding: Tensor  # (.., D), unit norm
-
-
-class WordMaps(NamedTuple):
-    """A query as one depth step reads it."""
-
-    tokens: Tensor  # (B, L, C), -inf on padding, which therefore never is the largest
-    pooling: Tensor  # (B, L, C): what the spatial pooling asks the tokens of a window
-    keys: Tensor  # (B, H, L, C / H), of the cross-attention
-    values: Tensor  # (B, H, L, C / H)
-
-
-class QueryMaps(NamedTuple):
-    """What of a query does not depend on the video: computed once when it is subscribed."""
-
-    words: tuple[WordMaps, ...]  # K
-    bias: Tensor  # (B, L): 0 on words, -inf on padding
-    pooled: Tensor  # (B, C)
-    embedding: Tensor  # (B, D), unit norm
-
-
-class ClipOutputs(NamedTuple):
-    """Of a whole recording. Levels longer than T are left out."""
-
-    hidden: Tensor  # (B, T, C)
-    cls: Tensor  # (B, K, T, C): mapped CLS tokens, for the contrastive losses
-    logits: list[Tensor]  # per level (B, T / stride)
-    distances: list[Tensor]  # per level (B, T / stride, 2): to start and end, in windows
-    saliency: Tensor  # (B, T)
-
-    def boundaries(self, strides: tuple[int, ...], limit: int = 50) -> Tensor:
-        """The likeliest moments of each recording, (B, n, 3): start and end in windows, probability; best first."""
-        point = [
-            torch.arange(logit.shape[1], device=logit.device) * stride
-            for logit, stride in zip(self.logits, strides, strict=False)
-        ]
-        place, distance = torch.cat(point)[None, :, None], torch.cat(self.distances, 1)
-        spans = torch.cat([place - distance[..., :1], place + distance[..., 1:]], -1)
-        sure, order = torch.cat(self.logits, 1).sigmoid().sort(descending=True, stable=True)
-        return torch.cat([spans.take_along_dim(order[..., None], 1), sure[..., None]], -1)[:, :limit]
-
-
-class CausalOutputs(NamedTuple):
-    """Of one window per row (T is left out) or of T of them."""
-
-    hidden: Tensor  # (.., T, C)
-    logits: Tensor  # (.., T, levels)
-    distances: Tensor  # (.., T, levels, 2): to start and end of the moment, in windows
-    saliency: Tensor  # (.., T)
-
-    def foreground(self) -> tuple[Tensor, Tensor]:
-        """Probability (.., T) of being inside a moment, and the distances (.., T, 2) of the level most sure of it."""
-        logit, level = self.logits.max(-1)
-        chosen = self.distances.take_along_dim(level[..., None, None], -2).squeeze(-2)
-        return logit.sigmoid(), chosen
 
 
 class _TemporalLayer(nn.Module):
@@ -182,18 +80,27 @@ class R2(nn.Module):
 
     def video_maps(self, layers: Tensor, embedding: Tensor) -> VideoMaps:
         """layers (.., K, 1+P, width), embedding (.., D) -> maps of the same leading axes. Causal only."""
-        return VideoMaps(self.map_video(layers), F.normalize(embedding, dim=-1))
+        length = embedding.square().sum(-1, keepdim=True).add(self.config.floor**2).sqrt().clamp(min=1e-12)
+        return VideoMaps(self.map_video(layers), embedding / length)
 
     def query_maps(self, layers: Tensor, embedding: Tensor, mask: Tensor) -> QueryMaps:
-        """layers (B, K, L, width), embedding (B, D), mask (B, L) bool, false on padding -> maps."""
+        """layers (B, K, L, width), embedding (B, D + 1), mask (B, L) bool, false on padding -> maps."""
         tokens = [self.map_query(layer) for layer in layers.unbind(1)]
         bias = masking(mask, layers.dtype)
         # The heads see the query of the last step, which reads the first of the K layers.
-        weight = (self.word_weight(tokens[0]) + bias[..., None]).softmax(1)
-        pooled = (weight * tokens[0]).sum(1)
         return QueryMaps(
-            tuple(self._words(each, bias) for each in tokens), bias, pooled, F.normalize(embedding, dim=-1)
+            tuple(self._words(each, bias) for each in tokens), bias, self._pool(tokens[0], bias), embedding
         )
+
+    def pooled_layers(self, query: QueryMaps) -> Tensor:
+        """The words of each layer in one vector, (B, K, C), for the contrastive losses of training."""
+        padding = query.bias[..., None].isinf()
+        return torch.stack([self._pool(words.tokens.masked_fill(padding, 0), query.bias) for words in query.words], 1)
+
+    def _pool(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        weight = (self.word_weight(tokens) + bias[..., None]).softmax(1)
+        pooled: Tensor = (weight * tokens).sum(1)
+        return pooled
 
     def _words(self, tokens: Tensor, bias: Tensor) -> WordMaps:
         cross = self.layer.cross
@@ -251,9 +158,11 @@ class R2(nn.Module):
         seen = {lag: state.history[rows, turn] for lag, turn in zip(self.heads.lags, turns, strict=True)}
         hidden = self._refine(tokens, query, attend, None)
         embedding = video.embedding if row_stream is None else video.embedding.index_select(0, row_stream)
-        outputs, history = self._judge(
-            hidden, embedding, query.pooled, query.embedding, lambda part, _now, lag: seen[lag][:, part]
-        )
+
+        def earlier(part: slice, now: Tensor, lag: int) -> Tensor:
+            return torch.zeros_like(now) if self.config.window == 1 else seen[lag][:, part]
+
+        outputs, history = self._judge(hidden, embedding, query.pooled, query.embedding, earlier)
         return outputs, Columns(tuple(new_keys[::-1]), tuple(new_values[::-1]), history)
 
     def prefill(
@@ -284,6 +193,8 @@ class R2(nn.Module):
         past = unrolled(state.history, state.count)
 
         def earlier(part: slice, now: Tensor, lag: int) -> Tensor:
+            if band == 1:
+                return torch.zeros_like(now)
             return torch.cat([past[:, -lag:, part], now], 1)[:, :length]
 
         hidden = self._refine(lambda k: video.tokens[:, :, k], query, attend, None)
@@ -296,17 +207,27 @@ class R2(nn.Module):
     def _judge(
         self, hidden: Tensor, embedding: Tensor, pooled: Tensor, asked: Tensor, earlier: Earlier
     ) -> tuple[CausalOutputs, Tensor]:
-        """hidden (.., C) and embedding (.., D) of the video, pooled and asked of the query, of axes that fit them."""
+        """Of the video hidden (.., C), embedding (.., D); of the query pooled (.., C), asked (.., D + 1); all fit."""
         logits, distances, history = self.heads.causal(hidden, earlier)
         saliency = logits.amax(-1).sigmoid() * F.cosine_similarity(hidden, pooled, dim=-1)
         if self.config.embedding:
             # Without this a query unlike those of the training could fare worse than with the bare backbone.
-            saliency = saliency + self.zero_shot * (embedding * asked).sum(-1)
+            saliency = saliency + self.zero_shot * ((embedding * asked[..., :-1]).sum(-1) + asked[..., -1])
         return CausalOutputs(hidden, logits, distances, saliency), history
 
     # -- the published mode
 
     def _whole(self, layers: Tensor, query: QueryMaps, mask: Tensor | None) -> ClipOutputs:
+        tokens, hidden = self._whole_hidden(layers, query, mask)
+        length = layers.shape[1]
+        logits, distances = self.heads.whole(hidden)
+        if not logits:
+            raise ModelError(f"a recording of {length} windows is shorter than each stride of {self.config.strides}")
+        saliency = surest(logits, length) * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
+        return ClipOutputs(hidden, tokens[:, :, :, 0].transpose(1, 2), logits, distances, saliency)
+
+    def _whole_hidden(self, layers: Tensor, query: QueryMaps, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """-> mapped tokens (B, T, K, 1+P, C), hidden (B, T, C)."""
         length = layers.shape[1]
         # Rounded as published: the first of the two in double precision, their distance in single.
         begin = (torch.arange(length, dtype=torch.float64, device=layers.device) / length).to(layers.dtype)
@@ -320,15 +241,25 @@ class R2(nn.Module):
             keys, values = attention.split(attention.key(placed)), attention.split(attention.value(x))
             return attention.whole(placed, keys, values, bias)
 
-        hidden = self._refine(lambda k: tokens[:, :, k], query, attend, place)
-        logits, distances = self.heads.whole(hidden)
-        if not logits:
-            raise ModelError(f"a recording of {length} windows is shorter than each stride of {self.config.strides}")
-        best = torch.stack([_stretched(logit.sigmoid(), length) for logit in logits]).amax(0)
-        saliency = best * F.cosine_similarity(hidden, query.pooled[:, None], dim=-1)
-        return ClipOutputs(hidden, tokens[:, :, :, 0].transpose(1, 2), logits, distances, saliency)
+        return tokens, self._refine(lambda k: tokens[:, :, k], query, attend, place)
 
     # -- what both modes share
+
+    def encode(self, layers: Tensor, query: QueryMaps, visible: Tensor) -> Tensor:
+        """The hidden states of all windows, (B, T, C), without the heads: what the refinement of features trains.
+
+        layers (B, T, K, 1+P, width). Windows that are not `visible`, (B, T) bool, are read by no other window.
+        """
+        if self.config.mode == "clip":
+            return self._whole_hidden(layers, query, visible)[1]
+        tokens, band = self.map_video(layers), self.config.window
+        attention, before = self.layer.time, layers.new_zeros(len(layers), dtype=torch.int64)
+
+        def attend(_k: int, x: Tensor) -> Tensor:
+            keys, values = (F.pad(each(x), (0, 0, band, 0)) for each in (attention.key, attention.value))
+            return attention.banded(x, keys, values, before, band, visible)
+
+        return self._refine(lambda k: tokens[:, :, k], query, attend, None)
 
     def _refine(
         self,
@@ -367,9 +298,3 @@ def _map(inputs: int, width: int, dropout: float) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(width, width),
     )
-
-
-def _stretched(x: Tensor, length: int) -> Tensor:
-    """(B, n) -> (B, T): each value T // n times, as published, and the last one to the end."""
-    x = x.repeat_interleave(length // x.shape[1], 1)
-    return torch.cat([x, x[:, -1:].expand(-1, length - x.shape[1])], 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.published import from_published
-from models.r2 import ClipOutputs
+from models.r2_types import ClipOutputs
 
 TOLERANCE = 1e-4
 FPS = 0.5  # windows a second of the published features

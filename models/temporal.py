@@ -134,8 +134,10 @@ class Attention(nn.Module):
         out: Tensor = self.out(mixed)
         return out
 
-    def banded(self, x: Tensor, keys: Tensor, values: Tensor, before: Tensor, band: int) -> Tensor:
-        """Each window against itself and the band - 1 before it.
+    def banded(
+        self, x: Tensor, keys: Tensor, values: Tensor, before: Tensor, band: int, visible: Tensor | None = None
+    ) -> Tensor:
+        """Each window against itself and the band - 1 before it, or those of them that are `visible`, (B, T) bool.
 
         x (B, T, C); keys and values (B, band + T, C), whose first `band` are the past, oldest first; of these only the
         last `before`, (B,), exist. Blocks of `band` queries see two blocks of keys, so the cost grows with T, not with
@@ -149,7 +151,11 @@ class Attention(nn.Module):
         age = place[band:, None] - place  # (band, 2 band)
         start = torch.arange(k.shape[1], device=x.device)[:, None] * band + place  # of a key, in keys' own counting
         there = start >= band - before.clamp(max=band)[:, None, None]  # (B, blocks, 2 band)
-        seen = ((age >= 0) & (age < band)) & there[:, :, None]  # (B, blocks, band, 2 band)
+        if visible is not None:
+            shown = F.pad(visible, (band, short), value=True).view(batch, -1, band)
+            there = there & torch.cat([shown[:, :-1], shown[:, 1:]], 2)
+        # A window always sees itself: a softmax over nothing is not a number.
+        seen = ((age >= 0) & (age < band)) & (there[:, :, None] | (age == 0))  # (B, blocks, band, 2 band)
         q, k = self._turned(self.split(q), place[band:]), self._turned(self.split(k), place)
         mixed = F.scaled_dot_product_attention(q, k, self.split(v), seen[:, :, None])
         out: Tensor = self.out(mixed.transpose(-3, -2).flatten(-2).flatten(1, 2)[:, :length])

@@ -10,7 +10,7 @@ from kernels.engine import Engine
 from kernels.errors import InputError
 from kernels.saliency import Calibration, saliency
 from stream.clock import slot_of
-from stream.types import Features, Query, Saliency, Vector, Window, normalise, tidy
+from stream.types import NS, Features, Query, Saliency, Vector, Window, normalise, tidy
 
 
 def make_query(engine: Engine, text: str) -> Query:
@@ -34,50 +34,82 @@ def make_query(engine: Engine, text: str) -> Query:
         encoded.pooled[0],
         float(encoded.level[0]),
         float(encoded.spread[0]),
+        encoded.maps[0] if encoded.maps else None,
     )
 
 
 class Detector:
-    """The queries of one stream. The engine's weights are shared, this is the state."""
+    """The queries of one stream, and what a trained head remembers of it. The engine's weights are shared.
+
+    Raises:
+        InputError: the engine's trained head serves another hop.
+    """
 
     def __init__(self, engine: Engine, stream: str, hop_ns: int) -> None:
+        if engine.head and round(engine.head.shape.hop_s * NS) != hop_ns:
+            raise InputError(
+                f"this engine was trained at a hop of {engine.head.shape.hop_s:g} s and serves no other: "
+                f"give --hop {engine.head.shape.hop_s:g}, not {hop_ns / NS:g}"
+            )
         self._engine, self._stream, self._hop_ns = engine, stream, hop_ns
         self._calibration = Calibration(**engine.manifest.calibration)
-        self._embedded: deque[tuple[int, Vector]] = deque()  # (slot, (D,)) of the frames that windows still need
+        # Slot, embedding (D,) and, for a head, layers (K, 1+P, width) of the frames that windows still need.
+        self._embedded: deque[tuple[int, tuple[Vector, ...]]] = deque()
         self._queries: list[Query] = []
         # Row i of each is query i.
         self._pooled: Vector = np.zeros((0, engine.manifest.width), np.float32)  # (Q, D)
         self._background: Vector = np.zeros((0, 2), np.float32)  # (Q, 2) level and spread
+        self._state = engine.head.new_state() if engine.head else None
 
     def add(self, query: Query) -> None:
-        """Open a row; the others are left alone."""
+        """Open a row, which remembers nothing; the others are left alone."""
         self._stack([*self._queries, query])
+        if self._state is not None:
+            assert query.maps is not None, "a query of another engine"
+            self._state.add(query.maps)
 
     def remove(self, query_id: str) -> None:
-        """Close a row."""
-        self._stack([query for query in self._queries if query.id != query_id])
+        """Close a row; the others are left alone."""
+        row = [query.id for query in self._queries].index(query_id)
+        self._stack(self._queries[:row] + self._queries[row + 1 :])
+        if self._state is not None:
+            self._state.remove(row)
 
     def features(self, window: Window) -> Features:
         """Embed what is new in a window, each frame once, and average over all that it holds."""
         if window.discontinuity:
             self._embedded.clear()
         if window.frames:
-            vectors = self._engine.embed_frames([frame.pixels for frame in window.frames])
+            found = self._engine.embed_frames([frame.pixels for frame in window.frames])
+            parts = (found.pooled,) if found.layers is None else (found.pooled, found.layers)
             slots = [slot_of(frame.pts_ns, self._hop_ns) for frame in window.frames]
-            self._embedded.extend(zip(slots, vectors, strict=True))
+            self._embedded.extend(zip(slots, zip(*parts, strict=True), strict=True))
         while self._embedded[0][0] < window.index:
             self._embedded.popleft()
-        return Features(window, np.mean([vector for _, vector in self._embedded], axis=0))
+        pooled, *layers = (np.mean(each, axis=0) for each in zip(*(part for _, part in self._embedded), strict=True))
+        return Features(window, pooled, self._engine.head.map_video(layers[0], pooled) if self._engine.head else None)
 
     def saliency(self, features: Features) -> list[Saliency]:
-        """One score per query, in the order in which they were added."""
-        level, spread = self._background.T
-        raw, score = saliency(features.pooled, self._pooled, level, spread, self._calibration)
-        window = features.window
+        """One score per query, in the order in which they were added. A head must see each window once, in order."""
+        if not self._queries:
+            return []
+        raw, score = self._zero_shot(features) if features.mapped is None else self._trained(features)
         return [
-            Saliency(self._stream, query.id, window.index, float(s), float(r))
+            Saliency(self._stream, query.id, features.window.index, float(s), float(r))
             for query, s, r in zip(self._queries, score, raw, strict=True)
         ]
+
+    def _zero_shot(self, features: Features) -> tuple[Vector, Vector]:
+        level, spread = self._background.T
+        return saliency(features.pooled, self._pooled, level, spread, self._calibration)
+
+    def _trained(self, features: Features) -> tuple[Vector, Vector]:
+        head, state = self._engine.head, self._state
+        assert head is not None and state is not None and features.mapped is not None
+        if features.window.discontinuity:
+            state.reset()
+        raw = head.step(features.mapped, state)["saliency"]
+        return raw, head.score(raw)
 
     def _stack(self, queries: list[Query]) -> None:
         self._queries = queries

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.head import Maps
+
 NS = 1_000_000_000
 WINDOW_NS = 2 * NS
 """Length of a window (R2-Tuning's clip length)."""
@@ -60,6 +62,7 @@ class Features:
 
     window: Window
     pooled: Vector  # (D,) mean of the embeddings of the window's frames
+    mapped: Maps | None = None  # what a trained head reads of it: tokens (K, 1+P, C) and an embedding (D,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,7 @@ class Query:
     pooled: Vector  # (D,) unit norm
     level: float = 0.0  # mean of its cosine with what the backbone knows: its background
     spread: float = 1.0  # standard deviation of the same
+    maps: Maps | None = None  # what a trained head reads of its L tokens, by layer, and of all of it
 
 
 def tidy(text: str) -> str:

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from models.lite import ImageTower, QueryTower
+from models.lite_packages import towers
+
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
@@ -13,3 +16,9 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: its data does not travel with the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def lite_towers() -> tuple[ImageTower, QueryTower]:
+    """The towers of lite in torch, made once: it takes seconds."""
+    return towers()

@@ -25,7 +25,7 @@ class NaiveOutputs(NamedTuple):
 def naive(
     model: R2, layers: Tensor, embedding: Tensor, words: Tensor, asked: Tensor, mask: Tensor | None = None
 ) -> NaiveOutputs:
-    """layers (T, K, 1+P, width), embedding (T, D); of the query words (K, L, width), asked (D,), mask (L,) bool."""
+    """layers (T, K, 1+P, width), embedding (T, D); of the query words (K, L, width), asked (D + 1,), mask (L,) bool."""
     with torch.no_grad():
         if mask is not None:
             words = words[:, mask]  # padding says nothing
@@ -47,7 +47,9 @@ class _Naive:
             likeliest = max(1 / (1 + math.exp(-float(level[t]))) for level in logits)
             score = likeliest * _cosine(h, pooled)
             if self.config.embedding:
-                score = score + self.weights["zero_shot"] * _cosine(embedding[t], asked)
+                length = torch.sqrt((embedding[t] ** 2).sum() + self.config.floor**2)
+                fit = (embedding[t] / length * asked[:-1]).sum() + asked[-1]
+                score = score + self.weights["zero_shot"] * fit
             saliency.append(score)
         return NaiveOutputs(hidden, torch.stack(logits, 1), torch.stack(distances, 1), torch.stack(saliency))
 
@@ -119,14 +121,17 @@ class _Naive:
         return self.conv(f"{name}.out", self.conv(f"{name}.hidden", x, stride).clamp(min=0), stride)
 
     def conv(self, name: str, x: Tensor, apart: int) -> Tensor:
-        """x (T, inputs) -> (T, outputs): the last tap reads t, the one before it t - apart, ..; zeros before 0."""
+        """x (T, inputs) -> (T, outputs): the last tap reads t, the one before it t - apart, ..; zeros before 0.
+
+        A model whose W is 1 has no memory at all: then all taps but the last read zeros.
+        """
         weight, out = self.weights[f"{name}.weight"], []  # (outputs, taps, inputs)
         taps = weight.shape[1]
         for t in range(len(x)):
             y = self.weights[f"{name}.bias"]
             for tap in range(taps):
                 at = t - apart * (taps - 1 - tap)
-                if at >= 0:
+                if at == t or (at >= 0 and self.config.window > 1):
                     y = y + weight[:, tap] @ x[at]
             out.append(y)
         return torch.stack(out)

@@ -63,7 +63,7 @@ def test_features_of_moment_detr_lie_side_by_side_at_unit_length(
     tokens, pooled = numbers(5, 8), 3 * numbers(8, seed=2)
     texts = folder("text", **{f"qid{i}": {"last_hidden_state": tokens, "pooler_output": pooled} for i in (1, 2)})
     val = annotate(tmp_path / "val.jsonl", line(2, "b"))
-    dataset = load_annotated(truth, val, [slowfast, vit], texts, 2.0)
+    dataset = load_annotated({"train": truth, "val": val}, [slowfast, vit], texts, 2.0)
     video, text = dataset.video("a"), dataset.text("query 1")
     assert video.layers.shape == (10, 1, 1, 32) and video.layers.dtype == np.float16
     for part, given in ((video.layers[..., :24], slow[:10]), (video.layers[..., 24:], clip)):
@@ -79,7 +79,7 @@ def test_features_of_moment_detr_lie_side_by_side_at_unit_length(
 
 def test_one_folder_stays_as_it_is(folder: Callable[..., Path], truth: Path) -> None:
     given = 7 * numbers(20, 8)
-    dataset = load_annotated(truth, None, [folder("v", a=given)], folder("t", **{"1": numbers(5, 6)}), 1.0)
+    dataset = load_annotated({"train": truth}, [folder("v", a=given)], folder("t", **{"1": numbers(5, 6)}), 1.0)
     np.testing.assert_array_equal(dataset.video("a").layers[:, 0, 0], given.astype(np.float16))
     assert dataset.video("a").embedding.shape == (20, 0)  # tokens alone do not say where a text lies
     assert dataset.text("query 1").embedding.tolist() == [0]
@@ -93,7 +93,7 @@ def test_layers_of_r2_tuning_are_read_as_they_lie_or_flattened(
     videos = folder("v", a=video.reshape(10, -1) if flat else video)
     texts = folder("t", **{"1": text.reshape(6, -1) if flat else text})
     dataset = load_annotated(
-        truth, None, [videos], texts, 2.0, backbone="openai/clip-vit-base-patch32", depth=3 if flat else None
+        {"train": truth}, [videos], texts, 2.0, backbone="openai/clip-vit-base-patch32", depth=3 if flat else None
     )
     np.testing.assert_array_equal(dataset.video("a").layers, video)
     np.testing.assert_array_equal(dataset.text("query 1").layers, text.swapaxes(0, 1))
@@ -103,10 +103,10 @@ def test_layers_of_r2_tuning_are_read_as_they_lie_or_flattened(
         base = base.base
     assert isinstance(base, np.memmap)  # a data set bigger than the memory stays on the disk
     with pytest.raises(InputError, match="3 layers, not 4"):
-        load_annotated(truth, None, [videos], texts, 2.0, backbone="openai/clip-vit-base-patch32", depth=4)
+        load_annotated({"train": truth}, [videos], texts, 2.0, backbone="openai/clip-vit-base-patch32", depth=4)
     if flat:
         with pytest.raises(InputError, match="flattened layers: name the backbone, one of openai"):
-            load_annotated(truth, None, [videos], texts, 2.0)
+            load_annotated({"train": truth}, [videos], texts, 2.0)
 
 
 def test_irregular_frames_come_onto_the_grid_and_windows_before_them_do_not_count(
@@ -114,7 +114,7 @@ def test_irregular_frames_come_onto_the_grid_and_windows_before_them_do_not_coun
 ) -> None:
     pts, given = np.array([3.5, 6.8, 10.1, 19.9]), numbers(4, 8)
     videos = folder("v", a={"pts": pts, "features": given})
-    dataset = load_annotated(truth, None, [videos], folder("t", qid1=numbers(8)), 1.0)
+    dataset = load_annotated({"train": truth}, [videos], folder("t", qid1=numbers(8)), 1.0)
     expected, newest = resample(pts, given, 1.0)
     video, sample = dataset.video("a"), dataset.samples["train"][0]
     np.testing.assert_array_equal(video.layers[:, 0, 0], expected.astype(np.float16))
@@ -129,7 +129,7 @@ def test_safetensors_are_read_and_texts_of_one_query_are_one(tmp_path: Path, fol
         save_file({"features": numbers(20, 8), "embedding": numbers(20, 4)}, videos / f"{vid}.safetensors")
     save_file({"last_hidden_state": numbers(5, 8), "pooler_output": numbers(4)}, texts / "qid1.safetensors")
     truth = annotate(tmp_path / "t.jsonl", line(1, "x.0_20.0"), line(2, "y", query="query 1"))
-    dataset = load_annotated(truth, None, [videos], texts, 1.0, cache_bytes=0)
+    dataset = load_annotated({"train": truth}, [videos], texts, 1.0, cache_bytes=0)
     assert dataset.video("x.0_20.0").embedding.shape == (20, 4) and dataset.text("query 1").embedding.shape == (5,)
     assert [sample.query for sample in dataset.samples["train"]] == ["query 1", "query 1"]
 
@@ -146,7 +146,7 @@ def test_votes_are_graded_by_the_clip_in_which_a_window_has_its_middle(
     rated = line(1, "a", relevant_clip_ids=list(votes), saliency_scores=list(votes.values()))
     truth = annotate(tmp_path / "t.jsonl", rated)
     videos, texts = folder("v", a=numbers(count, 8)), folder("t", qid1=numbers(8))
-    sample = sample_of(load_annotated(truth, None, [videos], texts, hop_s))
+    sample = sample_of(load_annotated({"train": truth}, [videos], texts, hop_s))
     for t in range(count):
         clip = int((t * hop_s + 1) // 2)
         assert sample.saliency[t] == pytest.approx(sum(votes.get(clip, [0])) / 12)
@@ -158,14 +158,18 @@ def test_ignored_time_does_not_count_and_unrated_saliency_is_yes_or_no(
     tmp_path: Path, folder: Callable[..., Path]
 ) -> None:
     truth = annotate(tmp_path / "t.jsonl", line(1, "a", ignored_windows=[[0, 3], [15, 40]]))
-    sample = sample_of(load_annotated(truth, None, [folder("v", a=numbers(19, 8))], folder("t", qid1=numbers(8)), 1.0))
+    sample = sample_of(
+        load_annotated({"train": truth}, [folder("v", a=numbers(19, 8))], folder("t", qid1=numbers(8)), 1.0)
+    )
     assert np.flatnonzero(~sample.counted).tolist() == [0, 1, 14, 15, 16, 17, 18]
     np.testing.assert_array_equal(sample.saliency, sample.inside.astype(np.float32))
 
 
 def test_a_moment_between_two_middles_is_still_a_target(tmp_path: Path, folder: Callable[..., Path]) -> None:
     truth = annotate(tmp_path / "t.jsonl", line(1, "a", relevant_windows=[[7.1, 7.6]]))
-    sample = sample_of(load_annotated(truth, None, [folder("v", a=numbers(10, 8))], folder("t", qid1=numbers(8)), 2.0))
+    sample = sample_of(
+        load_annotated({"train": truth}, [folder("v", a=numbers(10, 8))], folder("t", qid1=numbers(8)), 2.0)
+    )
     assert np.flatnonzero(sample.inside).tolist() == [3] and sample.windows.tolist() == [[7.1, 7.6]]
     assert (sample.distances[3] >= 0).all()
 
@@ -221,7 +225,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, folder: Callab
     truth = annotate(tmp_path / "train.jsonl", line(1, "a") | more)
     videos, texts = folder("v", **files), folder("t", qid1=numbers(5, 8))
     with pytest.raises(InputError, match=message) as caught:
-        load_annotated(**{"train": truth, "val": None, "video": [videos], "text": texts, "hop_s": 1.0} | arguments)
+        given: dict[str, Any] = {"video": [videos], "text": texts, "hop_s": 1.0} | arguments
+        load_annotated({"train": truth}, **given)
     assert "\n" not in str(caught.value)
 
 
@@ -237,7 +242,7 @@ def test_a_video_unlike_the_first_is_refused_when_it_is_read(
     tmp_path: Path, folder: Callable[..., Path], given: dict[str, Array], message: str
 ) -> None:
     truth = annotate(tmp_path / "train.jsonl", line(1, "a"), line(2, "b", query="query 1"))
-    dataset = load_annotated(truth, None, [folder("v", a=GOOD, b=given)], folder("t", qid1=numbers(5, 8)), 1.0)
+    dataset = load_annotated({"train": truth}, [folder("v", a=GOOD, b=given)], folder("t", qid1=numbers(5, 8)), 1.0)
     assert dataset.video("a").layers.shape == (20, 1, 1, 8)
     with pytest.raises(InputError, match=message):
         dataset.video("b")
@@ -257,7 +262,7 @@ def test_a_text_unlike_the_first_is_refused_when_it_is_read(
     tmp_path: Path, folder: Callable[..., Path], given: Array, message: str
 ) -> None:
     truth = annotate(tmp_path / "train.jsonl", line(1, "a"), line(2, "a"))
-    dataset = load_annotated(truth, None, [folder("v", a=GOOD)], folder("t", qid1=numbers(8), qid2=given), 1.0)
+    dataset = load_annotated({"train": truth}, [folder("v", a=GOOD)], folder("t", qid1=numbers(8), qid2=given), 1.0)
     with pytest.raises(InputError, match=message):
         dataset.text("query 2")
 
@@ -269,22 +274,21 @@ def test_damaged_files_are_named(tmp_path: Path, folder: Callable[..., Path], tr
         for content in (b"", b"not what it says", b"\x93NUMPY\x01\x00\x76\x00{'descr'", b"PK\x03\x04 and no more"):
             (videos / f"a{ending}").write_bytes(content)
             with pytest.raises(InputError, match=rf"train.jsonl:1: .*a{ending} cannot be read as features: .+"):
-                load_annotated(truth, None, [videos], texts, 1.0)
+                load_annotated({"train": truth}, [videos], texts, 1.0)
 
 
 def test_what_is_trained_on_is_not_scored(tmp_path: Path, folder: Callable[..., Path], truth: Path) -> None:
     videos, texts = folder("v", a=GOOD), folder("t", qid1=numbers(8), qid2=numbers(8))
     for where in ("val", "test"):
         other = annotate(tmp_path / f"{where}.jsonl", line(2, "a"))
-        splits: dict[str, Any] = {"val": None, "test": None} | {where: other}
         with pytest.raises(InputError, match=rf"{where}.jsonl:1: video a is trained on too \(.*train.jsonl:1\)"):
-            load_annotated(truth, video=[videos], text=texts, hop_s=1.0, **splits)
+            load_annotated({"train": truth, where: other}, [videos], texts, 1.0)
 
 
 def test_a_qid_that_stands_for_two_texts_is_refused(tmp_path: Path, folder: Callable[..., Path], truth: Path) -> None:
     val = annotate(tmp_path / "val.jsonl", line(1, "b", query="another"))
     with pytest.raises(InputError, match=r"val.jsonl:1: qid 1 stands for 'query 1' elsewhere"):
-        load_annotated(truth, val, [folder("v", a=GOOD, b=GOOD)], folder("t", qid1=numbers(8)), 1.0)
+        load_annotated({"train": truth, "val": val}, [folder("v", a=GOOD, b=GOOD)], folder("t", qid1=numbers(8)), 1.0)
 
 
 def test_folders_that_do_not_belong_together_are_refused(
@@ -293,15 +297,15 @@ def test_folders_that_do_not_belong_together_are_refused(
     texts, one = folder("t", qid1=numbers(8)), folder("v", a=GOOD)
     longer, deeper = folder("longer", a=numbers(26, 8)), folder("deeper", a=numbers(20, 2, 1, 8))
     with pytest.raises(InputError, match=r"hold \[20, 26\] windows: were they extracted at one hop"):
-        load_annotated(truth, None, [one, longer], texts, 1.0)
+        load_annotated({"train": truth}, [one, longer], texts, 1.0)
     with pytest.raises(InputError, match="disagree on layers and tokens"):
-        load_annotated(truth, None, [one, deeper], texts, 1.0)
+        load_annotated({"train": truth}, [one, deeper], texts, 1.0)
     with pytest.raises(InputError, match="nowhere: no such folder"):
-        load_annotated(truth, None, [one, tmp_path / "nowhere"], texts, 1.0)
+        load_annotated({"train": truth}, [one, tmp_path / "nowhere"], texts, 1.0)
     with pytest.raises(InputError, match="features of the texts are missing"):
-        load_annotated(truth, None, [one], None, 1.0)
+        load_annotated({"train": truth}, [one], None, 1.0)
     with pytest.raises(InputError, match="features of the videos are missing"):
-        load_annotated(truth, None, [], texts, 1.0)
+        load_annotated({"train": truth}, [], texts, 1.0)
 
 
 OURS = {
@@ -331,11 +335,11 @@ def test_a_folder_of_ours_says_what_it_was_made_with(tmp_path: Path, folder: Cal
     ):
         given: dict[str, Any] = {"video": [ours]} | arguments
         with pytest.raises(InputError, match=message):
-            load_annotated(truth, None, **given)
+            load_annotated({"train": truth}, **given)
     for damaged in ("{", "[]", '{"format": 1}', json.dumps(OURS | {"format": 2}), json.dumps(OURS | {"more": 1})):
         manifest.write_text(damaged)
         with pytest.raises(InputError, match=r"features.json .*: extract the features anew"):
-            load_annotated(truth, None, [ours])
+            load_annotated({"train": truth}, [ours])
 
 
 @pytest.mark.shared
@@ -345,7 +349,7 @@ def test_the_annotations_of_qvhighlights_are_read(shared_data: Path, folder: Cal
     features = np.ones((75, 4), np.float16)
     videos = folder("v", **{each["vid"]: features[: int(each["duration"] // 2)] for each in lines})
     texts = folder("t", **{f"qid{each['qid']}": features[0] for each in lines})
-    samples = load_annotated(given, None, [videos], texts, 2.0).samples["train"]
+    samples = load_annotated({"train": given}, [videos], texts, 2.0).samples["train"]
     assert len(samples) == len(lines) == 1550
     for sample, each in zip(samples, lines, strict=True):
         graded = np.zeros(len(sample.saliency))

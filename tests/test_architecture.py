@@ -15,8 +15,8 @@ ADAPTERS = {
     "websockets": {"stream/websocket.py"},
     "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
 }
-BUILD_HALF = {"kernels/build.py", "kernels/export.py", "kernels/compress.py"}
-TORCH_BENCH = {"bench/model.py"}  # measures the model itself, beside its engine
+BUILD_HALF = {"kernels/build.py", "kernels/export.py", "kernels/compress.py", "kernels/parity.py"}
+TORCH_BENCH = {"bench/model.py", "bench/features.py"}  # measure the model itself, not an engine
 
 
 def sources() -> list[Path]:

@@ -1,24 +1,24 @@
 """The backbones behind one interface: what R2 is given, of `lite` and of a CLIP in a folder."""
 
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from kernels.parity import real_crops
+from kernels.saliency import Calibration, saliency
 from models.backbone import Backbone, load_backbone
 from models.clip import load_clip
 from models.errors import ModelError
 from models.lite import TAP_CHANNELS, ImageTower, QueryTower
-from models.lite_packages import load_tokenizer, package, tokenise, towers
-from models.r2 import R2, R2Config
+from models.lite_packages import load_tokenizer, package, tokenise
+from models.r2 import R2
+from models.r2_types import CausalOutputs, R2Config
 from tests.test_clip import TINY, publish
 
 TEXTS = ["a person enters the room", "x", "A man lays on a bench while his dog sits by him ."]
-
-
-@pytest.fixture(scope="module")
-def lite_towers() -> tuple[ImageTower, QueryTower]:
-    return towers()
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def test_lite_keeps_its_embeddings_and_loses_nothing_of_its_taps(
         torch.testing.assert_close(embedding, image(crops(224)))
         last = image.classifier.taps((crops(224).permute(0, 3, 1, 2).float() - 127) / 128)[0][-1]
         _, text = lite.text(*lite.tokenize(TEXTS))
-        torch.testing.assert_close(text, query(*tokenise(load_tokenizer(), TEXTS))[0])
+        pooled, level, spread = query(*tokenise(load_tokenizer(), TEXTS))
+        torch.testing.assert_close(text * spread[:, None], torch.cat([pooled, -level[:, None]], 1))
     assert layers.shape == (2, lite.depth, 1 + lite.patches, lite.video_width)
     torch.testing.assert_close(layers[:, :, 0], layers[:, :, 1:].mean(2))
     # The projection is orthonormal: all angles and lengths between the tokens of a tap stay as they were.
@@ -72,11 +73,16 @@ def test_a_clip_in_a_folder_takes_crops_as_lite_does(tmp_path: Path) -> None:
     with torch.no_grad():
         layers, embedding = clip.image(crops(clip.size))
         want, pooled = tower.image((pixels - mean) / std)
-        words, asked = clip.text(*clip.tokenize(["a dog", "the crowd cheers"]))
+        texts = clip.tokenize(["a dog", "the crowd cheers"])
+        words, asked = clip.text(*texts)
+        told = tower.text(*texts)[1]
     torch.testing.assert_close(layers, want)
     torch.testing.assert_close(embedding, pooled)
+    # Of a CLIP the fit is a cosine: R2 divides by the image's length, the text comes with length 1 and nothing to add.
+    torch.testing.assert_close(asked[:, :-1], torch.nn.functional.normalize(told, dim=-1))
+    assert asked[:, -1].tolist() == [0, 0] and clip.floor == 0
     assert layers.shape == (2, 2, 1 + clip.patches, clip.video_width) and embedding.shape == (2, clip.embedding)
-    assert words.shape[1::2] == (2, clip.text_width) and asked.shape == (2, clip.embedding)
+    assert words.shape[1::2] == (2, clip.text_width) and asked.shape == (2, clip.embedding + 1)
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -91,6 +97,33 @@ def test_r2_reads_any_depth_of_a_backbone(depth: int, lite: Backbone) -> None:
         layers, embedding = lite.image(crops(lite.size, 3))
         saliency = model(layers[None], embedding[None], query).saliency
     assert saliency.shape == (1, 3) and bool(saliency.isfinite().all())
+
+
+def test_the_zero_shot_part_of_r2_on_lite_counts_the_spreads_of_serving(
+    lite: Backbone, lite_towers: tuple[ImageTower, QueryTower]
+) -> None:
+    """What a head adds to its own score is what a bundle without one judges by, on real frames and a grey one."""
+    model = R2(R2Config("causal", lite.video_width, lite.text_width, lite.embedding, lite.floor)).eval()
+    grey = np.full((lite.size, lite.size, 3), 90, np.uint8)
+    pixels = torch.from_numpy(np.stack([*islice(real_crops(), 0, 120, 20), grey]))
+    ids, mask = lite.tokenize(["cars in a street", *TEXTS])
+
+    def told(scale: float) -> torch.Tensor:
+        model.zero_shot.data.fill_(scale)
+        outputs = model(*(each.expand(len(ids), *each.shape) for each in (layers, embedding)), query)
+        assert isinstance(outputs, CausalOutputs)
+        return outputs.saliency.T
+
+    with torch.no_grad():
+        layers, embedding = lite.image(pixels)
+        words, asked = lite.text(ids, mask)
+        query = model.query_maps(words, asked, mask > 0)
+        added = (told(1.0) - told(0.0)).numpy()  # (windows, texts)
+        pooled, level, spread = (each.numpy() for each in lite_towers[1](ids, mask))
+    for window, spreads in zip(embedding.numpy(), added, strict=True):
+        raw, _ = saliency(window, pooled, level, spread, Calibration(lite.floor, centre=3.0, slope=1.5))
+        np.testing.assert_allclose(spreads, (raw - level) / spread, atol=1e-3)
+    assert np.ptp(added) > 2
 
 
 def test_what_no_backbone_can_do_is_said(lite: Backbone) -> None:

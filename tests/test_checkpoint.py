@@ -14,11 +14,14 @@ from livemoments import main
 from models.checkpoint import Provenance, load_checkpoint, save_checkpoint
 from models.errors import ModelError
 from models.published import from_published, to_causal
-from models.r2 import R2, R2Config
+from models.r2 import R2
+from models.r2_types import R2Config
 from tests.test_reference import published
 
 CONFIG = R2Config("causal", 12, 10, embedding=6, depth=2, width=16, heads=2, strides=(1, 2, 4), window=5)
-PROVENANCE = Provenance("a test", "lite", 1.0, {"loss": 0.5, "data": ["x.jsonl"]})
+PROVENANCE = Provenance(
+    "a test", "lite", 1.0, {"loss": 0.5, "data": ["x.jsonl"]}, calibration={"centre": 0.4, "slope": 9.0}
+)
 
 
 @pytest.fixture
@@ -48,6 +51,11 @@ def test_a_model_comes_back_as_it_was(saved: Path) -> None:
     save_checkpoint(saved, again, PROVENANCE)
     for name, value in load_checkpoint(saved)[0].state_dict().items():
         torch.testing.assert_close(value, again.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_file_from_before_calibration_has_none(saved: Path) -> None:
+    rewrite(saved, provenance={"source": "old", "backbone": "lite", "hop_s": 1.0, "notes": {}})
+    assert load_checkpoint(saved)[1] == Provenance("old", "lite", 1.0, calibration={})
 
 
 def test_a_file_that_does_not_fit_is_refused_in_words(saved: Path, tmp_path: Path) -> None:

@@ -37,10 +37,10 @@ def model(matrix: NDArray[np.float32] = MATRIX, *, twice: bool = False) -> onnx.
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def result(compressed: onnx.ModelProto) -> NDArray[Any]:
+def result(compressed: onnx.ModelProto, name: str = "result") -> NDArray[Any]:
     onnx.checker.check_model(compressed)
     session = onnxruntime.InferenceSession(compressed.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["result"], {"indices": INDICES})[0])
+    return np.asarray(session.run([name], {"indices": INDICES})[0])
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,22 @@ def test_an_empty_block_is_no_division_by_zero() -> None:
     assert np.isfinite(result(compressed)).all()
 
 
-def test_a_weight_with_two_readers_is_refused() -> None:
-    with pytest.raises(ValueError, match="read by several nodes"):
-        compress(model(twice=True), {"MatMul": "int8"})
+@pytest.mark.parametrize("stored", ["fp16", "int8"])
+def test_a_weight_with_two_readers_is_stored_once_for_both(stored: str) -> None:
+    compressed, alone = model(twice=True), model()
+    compress(compressed, {"MatMul": stored})
+    compress(alone, {"MatMul": stored})
+    np.testing.assert_array_equal(result(compressed, "again"), result(alone))
+    assert len(compressed.graph.initializer) == len(alone.graph.initializer)
+
+
+def test_readers_that_want_a_weight_differently_are_refused() -> None:
+    shared = model()
+    shared.graph.node[1].input[0] = "other"
+    shared.graph.node.append(helper.make_node("Gather", ["matrix", "indices"], ["other"]))
+    for precision in ({"MatMul": "fp16"}, {"MatMul": "fp16", "Gather": "fp16"}):
+        with pytest.raises(ValueError, match="matrix is read by MatMul, Gather: they do not want it alike"):
+            compress(shared, precision)
 
 
 def test_int8_is_not_for_convolutions() -> None:

@@ -52,6 +52,8 @@ def forge(bundle: Path) -> None:
         (lambda b: (b / "manifest.json").write_text("[]"), "format None"),
         (lambda b: edit(b, format=99), "format 99, this version reads 1"),
         (lambda b: edit(b, surprise=1), "surprise"),
+        (lambda b: edit(b, head={"depth": 4}), "damaged: missing 8 required positional arguments: 'window'"),
+        (lambda b: edit(b, head=7), "is damaged"),
         (lambda b: (b / "text.onnx").unlink(), "text.onnx is missing"),
         (truncate, "image.onnx does not match its hash"),
         (forge, "cannot be loaded"),
@@ -72,8 +74,8 @@ def test_an_intact_copy_loads(bundle: Path) -> None:
 def test_a_batch_gives_what_single_calls_give(engine: Engine) -> None:
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (90, 160, 3), dtype=np.uint8), rng.integers(0, 256, (240, 200, 3), dtype=np.uint8)]
-    batch = engine.embed_frames(frames)
-    singles = np.concatenate([engine.embed_frames([frame]) for frame in frames])
+    batch = engine.embed_frames(frames).pooled
+    singles = np.concatenate([engine.embed_frames([frame]).pooled for frame in frames])
     np.testing.assert_allclose(batch, singles, atol=1e-5)
     texts = ["a dog", "a very long sentence about a dog that runs along a beach with a stick"]
     together, apart = engine.embed_texts(texts), [engine.embed_texts([t]) for t in texts]

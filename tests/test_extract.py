@@ -154,7 +154,7 @@ def test_texts_are_kept_without_padding_as_the_backbone_reads_them(tmp_path: Pat
     assert (
         run(command(tmp_path, clip, "--annotations", str(tmp_path / "truth.jsonl"), str(tmp_path / "val.jsonl"))) == 0
     )
-    dataset = load_annotated(tmp_path / "truth.jsonl", tmp_path / "val.jsonl", [tmp_path / "out"])
+    dataset = load_annotated({"train": tmp_path / "truth.jsonl", "val": tmp_path / "val.jsonl"}, [tmp_path / "out"])
     backbone = load_backbone(str(clip), 2)
     for query in (QUERIES[0], f"  {QUERIES[1]}\t "):
         layers, embedding = backbone.text(*backbone.tokenize([" ".join(query.split())]))
@@ -204,7 +204,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path: Path, clip: Path) 
     assert all(path.stat().st_mtime_ns == made for path, made in before.items())
     assert sorted(path.stem for path in out.glob("video/*.safetensors")) == sorted(vids)
     assert not [*out.glob("*/.*.part"), *out.glob(".*.part")]
-    dataset = load_annotated(tmp_path / "truth.jsonl", None, [out])
+    dataset = load_annotated({"train": tmp_path / "truth.jsonl"}, [out])
     assert {dataset.video(vid).layers.shape[0] for vid in vids} == {3}
 
 

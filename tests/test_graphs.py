@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels.export import export
 from models.errors import ModelError
 from models.graphs import Graph, graphs, step_axes, step_columns, step_inputs
-from models.r2 import R2, VideoMaps
+from models.r2 import R2
+from models.r2_types import VideoMaps
 from tests.test_r2 import Recording, Texts, ask, build, forward, record
 from tests.test_r2 import one_thread as one_thread
 

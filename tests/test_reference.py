@@ -16,7 +16,8 @@ from torch import Tensor
 from models import reference
 from models.errors import ModelError
 from models.published import from_published, load_published, to_causal
-from models.r2 import R2, ClipOutputs, R2Config
+from models.r2 import R2
+from models.r2_types import ClipOutputs, R2Config
 from tests.test_r2 import build, record
 from tests.test_r2 import one_thread as one_thread
 
@@ -319,5 +320,5 @@ def test_the_causal_model_begins_with_all_published_weights_but_the_end_points()
         kept = weight[..., :24] if name in cut else weight
         assert torch.equal(after[name], kept), name
     recording = record(causal, 5)
-    query = causal.query_maps(torch.randn(1, 4, 3, 20), torch.randn(1, 6), torch.ones(1, 3, dtype=torch.bool))
+    query = causal.query_maps(torch.randn(1, 4, 3, 20), torch.randn(1, 7), torch.ones(1, 3, dtype=torch.bool))
     assert causal(recording.layers, recording.embedding, query).saliency.isfinite().all()

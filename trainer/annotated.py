@@ -83,13 +83,11 @@ def check_length(windows: int, hop_s: float, duration_s: float) -> None:
 
 
 def load_annotated(
-    train: Path,
-    val: Path | None,
+    annotations: Mapping[str, Path],
     video: Sequence[Path],
     text: Path | None = None,
     hop_s: float | None = None,
     *,
-    test: Path | None = None,
     backbone: str | None = None,
     depth: int | None = None,
     cache_bytes: int = 4 << 30,
@@ -102,12 +100,12 @@ def load_annotated(
     as the text's `pooler_output`; without, it is 0 wide.
 
     Args:
-        train, val, test: jsonl, see above. No video of one may be in another's training.
+        annotations: jsonl by split ("train", "val", ..), see above. No video of "train" may be in another.
         cache_bytes: memory for features that cannot be mapped from their files (.npz, fp32, several folders).
     Raises:
         InputError: a file is missing or wrong. Names file and line, and says what to do.
     """
-    splits = {name: read_annotations(path) for name, path in (("train", train), ("val", val), ("test", test)) if path}
+    splits = {name: read_annotations(path) for name, path in annotations.items()}
     _check_apart(splits)
     folders = FeatureFolders(video, text, hop_s, backbone, depth)
     hop_from_seconds(folders.hop_s)
@@ -145,7 +143,7 @@ def load_annotated(
 
 def _check_apart(splits: Mapping[str, Mapping[str, Annotation]]) -> None:
     """Raises InputError if a video that is trained on is scored too."""
-    trained = {line.truth.vid: place for place, line in splits["train"].items()}
+    trained = {line.truth.vid: place for place, line in splits.get("train", {}).items()}
     for place, line in ((place, line) for name in splits.keys() - {"train"} for place, line in splits[name].items()):
         if first := trained.get(line.truth.vid):
             raise InputError(
