@@ -1,6 +1,7 @@
 """The front door: `livemoments COMMAND`. Each command lives in the package it belongs to; this file only finds it."""
 
 import argparse
+import importlib
 import logging
 import os
 import signal
@@ -25,12 +26,26 @@ def _subscribe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Cal
 
 
 def _import_weights(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    return _trainer("import_weights", parser)
+
+
+def _extract(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    return _trainer("extract", parser)
+
+
+def _train(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    return _trainer("train", parser)
+
+
+def _trainer(name: str, parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """A command that needs torch, which the base install has not."""
     try:
-        from trainer import import_weights
+        module = importlib.import_module(f"trainer.{name}")
     except ModuleNotFoundError as error:
-        raise InputError(f"this needs the package {error.name}: pip install 'livemoments[build]'") from None
-    import_weights.add_arguments(parser)
-    return import_weights.run
+        raise InputError(f"this needs the package {error.name}: pip install 'livemoments[train]'") from None
+    module.add_arguments(parser)
+    run: Callable[[argparse.Namespace], int] = module.run
+    return run
 
 
 def _bench(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
@@ -50,6 +65,8 @@ def _metrics(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Calla
 COMMANDS = {
     "run": (_run, "watch one source for text queries and tell the moments as they come"),
     "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
+    "extract": (_extract, "make the features of recordings and queries, once, for training"),
+    "train": (_train, "train the model on features and truth: a checkpoint, a table and a picture"),
     "import-weights": (_import_weights, "bring published R2-Tuning weights into a checkpoint of this project"),
     "metrics": (_metrics, "score predictions against annotations, as the public benchmarks do"),
     "bench": (_bench, "measure accuracy on recorded videos and latency on a live stream"),

@@ -56,8 +56,16 @@ class Watched:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--streams", type=Path, required=True, metavar="FILE.jsonl", help="truth, QVHighlights style")
-    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="where the videos lie, by their vid")
+    parser.add_argument("--streams", type=Path, metavar="FILE.jsonl", help="truth, QVHighlights style")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="where the videos lie, by their vid")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="DIR",
+        help="in place of videos: features of the tvstream form, or of `livemoments extract` with --streams",
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="with --features: the trained model")
+    parser.add_argument("--split", default="test", metavar="NAME", help="with --features: which (default test)")
     parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
     parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
     parser.add_argument(
@@ -68,14 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.plot:
+        check_folder(args.plot)
+    if args.features or args.checkpoint:
+        return _run_features(args)
+    if not (args.streams and args.videos):
+        raise InputError("nothing to score: give --streams and --videos, or --features and --checkpoint")
     truths = sorted(read_jsonl(args.streams, Truth), key=lambda truth: truth.vid)
     if not any(len(truth.windows) for truth in truths):
         raise InputError(f"{args.streams}: no query in it ever comes true, so there is nothing to score")
     hop_ns, options = hop_from_seconds(args.hop), MomentOptions(threshold=args.threshold)
     if args.out:
         check_writable(args.out)
-    if args.plot:
-        check_folder(args.plot)
     engine, console = Engine(args.engine), Console(stderr=True, highlight=False)
     videos = {vid: _find(args.videos, vid) for vid in dict.fromkeys(truth.vid for truth in truths)}
     watched: list[Watched] = []
@@ -92,6 +104,16 @@ def run(args: argparse.Namespace) -> int:
         plot_queries(watched, hop_ns / NS, options.threshold, args.plot)
     print(json.dumps(result | {"engine": engine.manifest.model, "hop_s": hop_ns / NS} | environment(), allow_nan=False))
     return 0
+
+
+def _run_features(args: argparse.Namespace) -> int:
+    if not (args.features and args.checkpoint) or args.videos or args.out:
+        raise InputError("--features DIR and --checkpoint FILE go together, without --videos and --out")
+    try:
+        from bench import features
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs the package {error.name}: pip install 'livemoments[train]'") from None
+    return features.run(args)
 
 
 def watch(

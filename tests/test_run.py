@@ -324,7 +324,7 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("run", "subscribe", "metrics", "bench"))
-    assert not any(name in shown for name in ("serve", "build-engine", "train"))
+    assert not any(name in shown for name in ("serve", "build-engine"))
     for words in (["run"], ["subscribe"], ["metrics"], ["bench"], ["bench", "accuracy"], ["bench", "latency"]):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--help"])

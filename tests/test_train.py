@@ -1,0 +1,227 @@
+"""`livemoments train` as a user runs it: real processes on a small folder of the tvstream form."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from livemoments import main
+from models.checkpoint import load_checkpoint
+from tests.tv import make_tvstream
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--width", "32", "--window", "6", "--length", "24", "--crops", "8", "--lr", "3e-3", "--warmup", "3"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Here and in child processes: threads fight on small tensors, and their order of summation differs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tvstream(tmp_path_factory.mktemp("features"))
+
+
+def train(features: Path, out: Path, *options: str) -> int:
+    return main(["train", "--features", str(features), "--out", str(out), *SMALL, *options])
+
+
+def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    return found
+
+
+def test_a_run_beats_zero_shot_and_leaves_checkpoint_table_picture_and_log(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "12") == 0
+    told = result(capsys)
+    assert told["trained"]["frame_ap_seen"] > told["zero-shot"]["frame_ap_seen"] + 0.02
+    run = tmp_path / "run"
+    assert (run / "report.png").stat().st_size > 10_000 and list((run / "log").iterdir())
+    model, provenance = load_checkpoint(run / "best.safetensors", mode="causal")
+    assert model.config.window == 6 and provenance.hop_s == 2.0 and set(provenance.calibration) == {"centre", "slope"}
+    assert provenance.notes["config"]["lr"] == 3e-3 and "thing 0" not in provenance.notes["queries"]
+    assert json.loads((run / "report.json").read_text())["trained"] == told["trained"]
+
+
+def test_a_run_killed_in_the_middle_and_resumed_ends_as_one_that_was_not(features: Path, tmp_path: Path) -> None:
+    options = ["--epochs", "4", "--refine", "joint"]
+    assert train(features, tmp_path / "whole", *options) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "livemoments",
+        "train",
+        "--features",
+        str(features),
+        "--out",
+        str(tmp_path / "cut"),
+    ]
+    process = subprocess.Popen(
+        [*command, *SMALL, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = tmp_path / "cut" / "state.pt"
+    deadline = time.monotonic() + 120
+    while not (state.exists() and torch.load(state, weights_only=True)["done"] >= 1):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(state, weights_only=True)["done"]
+    assert 1 <= done < 4
+    assert train(features, tmp_path / "cut", *options, "--resume") == 0
+    for name in ("last.safetensors", "best.safetensors"):
+        whole, cut = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[key], cut[key]) for key in whole), name
+
+
+def test_other_seeds_give_other_weights_and_the_same_seed_the_same(features: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train(features, tmp_path / name, "--epochs", "1", "--seed", seed) == 0
+    a, b, c = (load_file(tmp_path / name / "last.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mode", "clip"],
+        ["--refine", "before", "--refine-epochs", "1"],
+        ["--refine", "joint", "--inputs", "clip"],
+        ["--amp"],
+        ["--queries", "4", "--query-noise", "0.3", "--learn-zero-shot"],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_every_way_to_train_gives_a_checkpoint_that_scores(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "1", *options) == 0
+    assert 0 < result(capsys)["trained"]["frame_ap"] <= 1
+
+
+def test_a_causal_student_learns_from_a_teacher_that_sees_ahead(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(features, tmp_path / "teacher", "--epochs", "1", "--mode", "clip") == 0
+    teacher = str(tmp_path / "teacher" / "best.safetensors")
+    assert train(features, tmp_path / "student", "--epochs", "4", "--teacher", teacher, "--distil", "0.5") == 0
+    history = load_checkpoint(tmp_path / "student" / "best.safetensors")[1].notes["history"]
+    assert history[-1]["distil"] < history[0]["distil"]
+
+
+def test_a_run_can_begin_with_the_weights_of_another(features: Path, tmp_path: Path) -> None:
+    assert train(features, tmp_path / "first", "--epochs", "1") == 0
+    first = tmp_path / "first" / "last.safetensors"
+    # A rate of next to nothing: what comes out is what went in.
+    assert train(features, tmp_path / "second", "--epochs", "1", "--init", str(first), "--lr", "1e-12") == 0
+    a, b = load_file(first), load_file(tmp_path / "second" / "last.safetensors")
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_two_processes_train_one_model(features: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "livemoments"]
+    command += ["train", "--features", str(features), "--out", str(tmp_path / "run"), *SMALL, "--epochs", "2"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1])["trained"]["frame_ap"] > 0
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors")[1].calibration
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--lr", "-1"], "--lr must be above 0"),
+        (["--lr", "1e9", "--clip-norm", "1e9"], "lower --lr"),
+        (["--distil", "1"], "--teacher and --distil belong together"),
+        (["--init", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["--hop", "3"], "hop of 3 s"),
+        (["--train", "x.jsonl"], "holds its own truth"),
+        (["--resume"], "holds no run to resume"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "1", *options) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("livemoments: ") and message in told
+
+
+def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_options(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "1") == 0
+    before = (tmp_path / "run" / "best.safetensors").read_bytes()
+    assert train(features, tmp_path / "run", "--epochs", "1") == 2
+    assert "holds a run: go on with --resume" in capsys.readouterr().err
+    assert train(features, tmp_path / "run", "--epochs", "2", "--resume") == 2
+    assert "was made with other options (epochs)" in capsys.readouterr().err
+    assert (tmp_path / "run" / "best.safetensors").read_bytes() == before
+
+
+def test_a_torn_state_is_told_and_not_loaded(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "1") == 0
+    state = tmp_path / "run" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    assert train(features, tmp_path / "run", "--epochs", "1", "--resume") == 2
+    assert "state.pt cannot be read" in capsys.readouterr().err
+
+
+def test_bench_accuracy_scores_other_folders_window_by_window(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "6") == 0
+    capsys.readouterr()
+    best = str(tmp_path / "run" / "best.safetensors")
+    # The same things under new names, and new recordings: all of them are unseen.
+    other = make_tvstream(tmp_path / "other", seed=0, videos=4)
+    index = json.loads((other / "index.json").read_text())
+    index["classes"] = [f"new {name}" for name in index["classes"]]
+    (other / "index.json").write_text(json.dumps(index))
+    for folder, kinds in ((features, {"seen", "unseen"}), (other, {"unseen"})):
+        assert main(["bench", "accuracy", "--features", str(folder), "--checkpoint", best]) == 0
+        told = result(capsys)
+        assert told["split"] == "test"
+        assert {kind for kind in ("seen", "unseen") if f"frame_ap_{kind}" in told["trained"]} == kinds
+        assert told["trained"]["frame_ap"] > 0.3 and told["zero-shot"]["frame_ap"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "x.safetensors"], "go together"),
+        (["--features", ".", "--checkpoint", "x.safetensors", "--videos", "y"], "go together"),
+        (["--features", ".", "--checkpoint", "x.safetensors"], "x.safetensors: no such file"),
+        ([], "nothing to score"),
+    ],
+)
+def test_bench_accuracy_tells_what_is_missing(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["bench", "accuracy", *arguments]) == 2
+    assert message in capsys.readouterr().err

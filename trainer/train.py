@@ -1,0 +1,306 @@
+"""`livemoments train`: features and truth into a checkpoint.
+
+    livemoments train --features DIR --out RUN                                      of the tvstream form
+    livemoments train --features DIR --train a.jsonl --val b.jsonl --out RUN        QVHighlights style
+    torchrun --nproc-per-node 2 -m livemoments train ...                            on several processes
+
+RUN gets best.safetensors (the epoch with the best frame AP on val), last.safetensors, state.pt (to resume from),
+report.json, report.png and log/ (TensorBoard). A run that was interrupted goes on with --resume and ends as if it had
+not been.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from kernels.errors import InputError
+from models.checkpoint import Provenance, load_checkpoint, save_checkpoint
+from models.errors import ModelError
+from models.mlrl import Mlrl, MlrlConfig, check_collapse
+from models.r2 import R2
+from models.r2_types import R2Config
+from trainer.batches import Batch, collate, groups
+from trainer.config import TrainConfig, add_options, from_arguments
+from trainer.dataset import Dataset
+from trainer.open_dataset import add_dataset_options, open_dataset
+from trainer.report import write_report
+from trainer.scoring import calibrate, mean_ap, saliencies
+from trainer.trainee import Trainee
+
+SPREAD_STEPS = 20
+"""Over so many steps the spread of the teacher is averaged before it is judged."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    assert __doc__ is not None
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = __doc__.partition("\n\n")[2]
+    add_dataset_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if need be")
+    parser.add_argument("--init", type=Path, metavar="FILE", help="begin with the weights of a checkpoint")
+    parser.add_argument(
+        "--teacher", type=Path, metavar="FILE", help="checkpoint of mode clip to distil from (--distil)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in RUN")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME")
+    add_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = from_arguments(args)
+    try:
+        return train(config, args)
+    except ModelError as error:
+        raise InputError(str(error)) from None
+
+
+def train(config: TrainConfig, args: argparse.Namespace) -> int:
+    # ---------------------------------------------------------------------------------------------- data and processes
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = (
+        torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+        if args.device == "cuda"
+        else torch.device(args.device)
+    )
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    console = Console(stderr=True, highlight=False, quiet=rank > 0)
+    out: Path = args.out
+    state_path = out / "state.pt"
+    if state_path.exists() != args.resume:
+        raise InputError(
+            f"{out} holds a run: go on with --resume, or choose another --out"
+            if not args.resume
+            else f"{out} holds no run to resume"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    dataset = open_dataset(args)
+    samples = dataset.samples["train"]
+    if not samples or not any(len(sample.windows) for sample in dataset.samples["val"]):
+        raise InputError("nothing to train on: train and val need queries that come true")
+    if config.depth:
+        dataset = dataset.last_layers(config.depth)
+
+    # ---------------------------------------------------------------------------------------------- model and optimiser
+    seed_all(config.seed)
+    model = build(config, dataset, args.init).to(device)
+    teacher = load_checkpoint(args.teacher, mode="clip")[0].to(device).requires_grad_(False) if args.teacher else None
+    if (teacher is not None) != (config.distil > 0):
+        raise InputError("--teacher and --distil belong together")
+    mlrl = Mlrl(model, MlrlConfig(inputs=config.inputs)).to(device) if config.refine != "no" else None
+    trainee = Trainee(model, config, mlrl, teacher)
+    trained = [weight for weight in trainee.parameters() if weight.requires_grad]
+    if mlrl is not None:
+        trained = list(dict.fromkeys([*(w for w in model.parameters() if w.requires_grad), *mlrl.trained()]))
+    optimiser = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    # Some weights have no gradient: of W_v's bias never, of the heads while MLRL refines.
+    stepped: nn.Module = DistributedDataParallel(trainee, find_unused_parameters=True) if world > 1 else trainee
+    refining = config.refine_epochs if config.refine == "before" else 0
+    epochs = refining + config.epochs
+    steps = math.ceil(len(groups(samples, config.queries, np.random.default_rng(0))) / (config.crops * world))
+
+    # ---------------------------------------------------------------------------------------------- where it stands
+    done, best, history = 0, -math.inf, list[dict[str, float]]()
+    if args.resume:
+        state = _load_state(state_path, config)
+        trainee.load_state_dict(state["trainee"])
+        optimiser.load_state_dict(state["optimiser"])
+        done, best, history = state["done"], state["best"], state["history"]
+    writer = SummaryWriter(str(out / "log"), purge_step=done) if rank == 0 else None
+
+    # ---------------------------------------------------------------------------------------------- epochs
+    with _progress(console) as progress:
+        bar = progress.add_task("training", total=epochs * steps, completed=done * steps, note="")
+        for number in range(done, epochs):
+            refine_only = number < refining
+            if number == refining and refining and mlrl is not None and not refine_only:
+                _begin_anew(optimiser)  # the moments of another loss
+            # The seeds of an epoch depend on nothing that went before, so that a resumed run draws the same.
+            rng = np.random.default_rng((config.seed, number))
+            seed_all(config.seed + 1000 * (number + 1) + rank)
+            generator = torch.Generator(device).manual_seed(config.seed + 1000 * (number + 1) + rank)
+            losses: dict[str, list[float]] = defaultdict(list)
+            trainee.train()
+            first, total = (0, refining) if refine_only else (refining, config.epochs)
+            for place, batch in enumerate(_batches(dataset, config, rng, rank, world)):
+                at = (number - first) * steps + place
+                rate = learning_rate(config, at, total * steps)
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
+                amp = torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext()
+                with amp:
+                    found = stepped(batch.to(device), generator, refine_only=refine_only)
+                if not torch.isfinite(found["total"]):
+                    raise InputError(f"the loss is {found['total'].item()} in epoch {number + 1}: lower --lr")
+                optimiser.zero_grad()
+                found["total"].backward()
+                nn.utils.clip_grad_norm_(trained, config.clip_norm)
+                optimiser.step()
+                if mlrl is not None:
+                    mlrl.update(model, min(1.0, at / (total * steps)))
+                for name, value in found.items():
+                    losses[name].append(value.item())
+                if losses["spread"] and place % SPREAD_STEPS == SPREAD_STEPS - 1:
+                    check_collapse(float(np.mean(losses["spread"][-SPREAD_STEPS:])))
+                progress.update(bar, advance=1, note=f"loss {np.mean(losses['total'][-20:]):.3f}")
+            row = {name: float(np.mean(values)) for name, values in losses.items() if values}
+            if not refine_only:
+                row["val_ap"] = validate(model, dataset)
+            history.append({"epoch": number + 1, **row})
+            if writer:
+                for name, value in row.items():
+                    writer.add_scalar(f"{'refine' if refine_only else 'train'}/{name}", value, number + 1)
+                writer.flush()
+                provenance = _provenance(config, dataset, history)
+                if not refine_only and row["val_ap"] > best:
+                    best = row["val_ap"]
+                    save_checkpoint(out / "best.safetensors", model, provenance)
+                save_checkpoint(out / "last.safetensors", model, provenance)
+                _save_state(state_path, config, trainee, optimiser, number + 1, best, history)
+            scores = " ".join(f"{name} {value:.3f}" for name, value in row.items())
+            progress.console.print(f"epoch {number + 1}/{epochs}: {scores}", soft_wrap=True)
+
+    # ---------------------------------------------------------------------------------------------- what came of it
+    if writer:
+        writer.close()
+        model, provenance = load_checkpoint(out / "best.safetensors")
+        val = dataset.samples["val"]
+        calibration = calibrate(val, list(saliencies(model, dataset, val, config.length)))
+        save_checkpoint(
+            out / "best.safetensors",
+            model,
+            dataclasses.replace(provenance, calibration=dataclasses.asdict(calibration)),
+        )
+        result = write_report(model, dataset, calibration, config.length, out, Console(highlight=False))
+        print(json.dumps(result | {"run": str(out), "epochs": epochs}, allow_nan=False))
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def build(config: TrainConfig, dataset: Dataset, init: Path | None) -> R2:
+    """A new model that fits the data, or the one of a checkpoint."""
+    sample = dataset.samples["train"][0]
+    video, text = dataset.video(sample.vid), dataset.text(sample.query)
+    depth, width = video.layers.shape[1], video.layers.shape[3]
+    shape = R2Config(
+        config.mode,
+        width,
+        text.layers.shape[2],
+        embedding=video.embedding.shape[1] if config.mode == "causal" else 0,
+        floor=dataset.floor,
+        depth=depth,
+        width=config.width,
+        window=config.window,
+        dropout=config.dropout,
+    )
+    model = R2(shape)
+    if shape.mode == "causal" and shape.embedding:
+        nn.init.constant_(model.zero_shot, config.zero_shot)
+        model.zero_shot.requires_grad_(config.learn_zero_shot)
+    if init is not None:
+        given, _ = load_checkpoint(init, mode=config.mode)
+        if (found := dataclasses.replace(given.config, dropout=shape.dropout)) != shape:
+            raise InputError(f"{init} does not fit: it is {found}, the data and options ask for {shape}")
+        model.load_state_dict(given.state_dict())
+    return model
+
+
+def validate(model: R2, dataset: Dataset) -> float:
+    """Frame AP on val; where some queries were kept out of training, the mean of both kinds'."""
+    samples = dataset.samples["val"]
+    scores = list(saliencies(model, dataset, samples))
+    kinds = [[i for i, s in enumerate(samples) if (s.query in dataset.unseen) is unseen] for unseen in (False, True)]
+    return float(np.mean([mean_ap([samples[i] for i in kind], [scores[i] for i in kind]) for kind in kinds if kind]))
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to 0."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.lr * warm * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _batches(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
+    """This process's share of an epoch: all draw the same order, and each takes every `world`-th step's worth."""
+    found = groups(dataset.samples["train"], config.queries, rng)
+    step = config.crops * world
+    for at in range(0, len(found), step):
+        mine = found[at : at + step][rank::world] or found[:1]
+        yield collate(dataset, mine, config.length, rng)
+
+
+def _begin_anew(optimiser: torch.optim.Optimizer) -> None:
+    optimiser.state.clear()
+
+
+def _provenance(config: TrainConfig, dataset: Dataset, history: list[dict[str, float]]) -> Provenance:
+    notes = {
+        "config": dataclasses.asdict(config),
+        "history": history,
+        "queries": sorted({sample.query for sample in dataset.samples["train"]}),
+    }
+    return Provenance("livemoments " + " ".join(sys.argv[1:]), dataset.backbone, dataset.hop_s, notes)
+
+
+def _save_state(
+    path: Path,
+    config: TrainConfig,
+    trainee: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    done: int,
+    best: float,
+    history: Any,
+) -> None:
+    state = {
+        "config": dataclasses.asdict(config),
+        "trainee": trainee.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "done": done,
+        "best": best,
+        "history": history,
+    }
+    scratch = path.with_suffix(".part")
+    torch.save(state, scratch)
+    scratch.replace(path)
+
+
+def _load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file raises anything from EOFError to UnpicklingError
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if state["config"] != dataclasses.asdict(config):
+        odd = [name for name, value in dataclasses.asdict(config).items() if state["config"].get(name) != value]
+        raise InputError(f"{path} was made with other options ({', '.join(odd)}): resume with the same")
+    return state
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps, {task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
