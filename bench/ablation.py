@@ -53,7 +53,7 @@ SUITES = {
     ),
 }
 RECIPES = {
-    "tvstream": "--width 128 --epochs 10 --lr 3e-3 --weight-saliency 1 --zero-shot 4.5",
+    "tvstream": "--width 128 --epochs 6 --lr 3e-3 --dropout 0.2 --weight-saliency 1 --weight-batch 0 --zero-shot 4.5",
     "lite": "--epochs 10 --crops 2 --queries 8",
 }
 SHOWN = (

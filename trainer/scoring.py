@@ -20,6 +20,7 @@ from trainer.metrics import average_precision, frame_f1, temporal_iou
 from trainer.streaming_metrics import Closed, Opened, QueryRun, streaming_scores
 
 Floats = NDArray[np.float64]
+ZERO_SHOT_FACTORS = 0.5, 0.7, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0, 4.0
 ROWS = 16
 """Queries that are scored together: what bounds the memory of a long recording."""
 
@@ -163,6 +164,29 @@ def tell(sample: Sample, scores: Floats, hop_s: float, options: MomentOptions) -
     for change in tracker.drain():
         note(change.moment, change.kind, end_ns / NS)
     return told
+
+
+def balanced_ap(dataset: Dataset, samples: Sequence[Sample], scores: Sequence[Floats]) -> float:
+    """What choices are made by: frame AP, the mean of seen and unseen queries' where there are both."""
+    kinds = [[i for i, s in enumerate(samples) if (s.query in dataset.unseen) is unseen] for unseen in (False, True)]
+    return float(np.mean([mean_ap([samples[i] for i in kind], [scores[i] for i in kind]) for kind in kinds if kind]))
+
+
+def weigh_zero_shot(model: R2, dataset: Dataset, samples: Sequence[Sample], scores: Sequence[Floats]) -> list[Floats]:
+    """Set the scale of the backbone's own similarity in the score to what is best on samples, -> their new scores.
+
+    Training sees its own queries only, for which its own part is worth more than it is for any other.
+    """
+    bare, scale = zero_shot(dataset, samples), float(model.zero_shot)
+    learned = [saliency - scale * own for saliency, own in zip(scores, bare, strict=True)]
+
+    def scaled(factor: float) -> list[Floats]:
+        return [part + factor * scale * own for part, own in zip(learned, bare, strict=True)]
+
+    best = max(ZERO_SHOT_FACTORS, key=lambda factor: balanced_ap(dataset, samples, scaled(factor)))
+    with torch.no_grad():
+        model.zero_shot.mul_(best)
+    return scaled(best)
 
 
 def mean_ap(samples: Sequence[Sample], scores: Sequence[Floats]) -> float:

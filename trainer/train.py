@@ -40,7 +40,7 @@ from trainer.config import TrainConfig, add_options, from_arguments
 from trainer.dataset import Dataset
 from trainer.open_dataset import add_dataset_options, open_dataset
 from trainer.report import write_report
-from trainer.scoring import calibrate, mean_ap, saliencies
+from trainer.scoring import balanced_ap, calibrate, saliencies, weigh_zero_shot
 from trainer.trainee import Trainee
 
 SPREAD_STEPS = 20
@@ -91,8 +91,8 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
         )
     out.mkdir(parents=True, exist_ok=True)
     dataset = open_dataset(args)
-    samples = dataset.samples["train"]
-    if not samples or not any(len(sample.windows) for sample in dataset.samples["val"]):
+    samples, val = dataset.samples["train"], dataset.samples["val"]
+    if not samples or not any(len(sample.windows) for sample in val):
         raise InputError("nothing to train on: train and val need queries that come true")
     if config.depth:
         dataset = dataset.last_layers(config.depth)
@@ -161,7 +161,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                 progress.update(bar, advance=1, note=f"loss {np.mean(losses['total'][-20:]):.3f}")
             row = {name: float(np.mean(values)) for name, values in losses.items() if values}
             if not refine_only:
-                row["val_ap"] = validate(model, dataset)
+                row["val_ap"] = balanced_ap(dataset, val, list(saliencies(model, dataset, val, config.length)))
             history.append({"epoch": number + 1, **row})
             if writer:
                 for name, value in row.items():
@@ -173,20 +173,19 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                     save_checkpoint(out / "best.safetensors", model, provenance)
                 save_checkpoint(out / "last.safetensors", model, provenance)
                 _save_state(state_path, config, trainee, optimiser, number + 1, best, history)
-            scores = " ".join(f"{name} {value:.3f}" for name, value in row.items())
-            progress.console.print(f"epoch {number + 1}/{epochs}: {scores}", soft_wrap=True)
+            told = " ".join(f"{name} {value:.3f}" for name, value in row.items())
+            progress.console.print(f"epoch {number + 1}/{epochs}: {told}", soft_wrap=True)
 
     # ---------------------------------------------------------------------------------------------- what came of it
     if writer:
         writer.close()
         model, provenance = load_checkpoint(out / "best.safetensors")
-        val = dataset.samples["val"]
-        calibration = calibrate(val, list(saliencies(model, dataset, val, config.length)))
-        save_checkpoint(
-            out / "best.safetensors",
-            model,
-            dataclasses.replace(provenance, calibration=dataclasses.asdict(calibration)),
-        )
+        scores = list(saliencies(model, dataset, val, config.length))
+        if model.config.embedding:
+            scores = weigh_zero_shot(model, dataset, val, scores)
+        calibration = calibrate(val, scores)
+        provenance = dataclasses.replace(provenance, calibration=dataclasses.asdict(calibration))
+        save_checkpoint(out / "best.safetensors", model, provenance)
         result = write_report(model, dataset, calibration, config.length, out, Console(highlight=False))
         print(json.dumps(result | {"run": str(out), "epochs": epochs}, allow_nan=False))
     if world > 1:
@@ -220,14 +219,6 @@ def build(config: TrainConfig, dataset: Dataset, init: Path | None) -> R2:
             raise InputError(f"{init} does not fit: it is {found}, the data and options ask for {shape}")
         model.load_state_dict(given.state_dict())
     return model
-
-
-def validate(model: R2, dataset: Dataset) -> float:
-    """Frame AP on val; where some queries were kept out of training, the mean of both kinds'."""
-    samples = dataset.samples["val"]
-    scores = list(saliencies(model, dataset, samples))
-    kinds = [[i for i, s in enumerate(samples) if (s.query in dataset.unseen) is unseen] for unseen in (False, True)]
-    return float(np.mean([mean_ap([samples[i] for i in kind], [scores[i] for i in kind]) for kind in kinds if kind]))
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
