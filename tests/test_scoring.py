@@ -11,7 +11,19 @@ from models.r2_types import R2Config
 from stream.moments import MomentOptions
 from tests.tv import WIDTH, make_tvstream
 from trainer.dataset import Dataset, Sample
-from trainer.scoring import Calibration, calibrate, measures, query_maps, saliencies, tell, zero_shot
+from trainer.scoring import (
+    ZERO_SHOT_FACTORS,
+    Calibration,
+    balanced_ap,
+    calibrate,
+    mean_ap,
+    measures,
+    query_maps,
+    saliencies,
+    tell,
+    weigh_zero_shot,
+    zero_shot,
+)
 from trainer.tvstream import load_tvstream
 
 
@@ -144,3 +156,25 @@ def test_zero_shot_is_the_zero_shot_part_of_the_model(dataset: Dataset) -> None:
         r2.heads.classify.out.bias.fill_(-100.0)
     for own, bare in zip(saliencies(r2, dataset, samples), zero_shot(dataset, samples), strict=True):
         np.testing.assert_allclose(own, bare, atol=1e-5)
+
+
+def test_the_scale_of_zero_shot_is_what_ranks_best_and_the_scores_are_the_models_own(dataset: Dataset) -> None:
+    r2, samples = model(), dataset.samples["val"]
+    with torch.no_grad():
+        r2.zero_shot.fill_(0.05)  # next to the noise of an untrained head
+    before = list(saliencies(r2, dataset, samples))
+    told = weigh_zero_shot(r2, dataset, samples, before)
+    assert r2.zero_shot.item() == pytest.approx(0.05 * max(ZERO_SHOT_FACTORS))
+    assert balanced_ap(dataset, samples, told) > balanced_ap(dataset, samples, before)
+    for own, expected in zip(saliencies(r2, dataset, samples), told, strict=True):
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+
+
+def test_choices_weigh_seen_and_unseen_queries_alike(dataset: Dataset) -> None:
+    samples = dataset.samples["test"]
+    unseen = [sample.query in dataset.unseen for sample in samples]
+    assert 0 < sum(unseen) < len(samples) / 2
+    scores = [sample.inside * (1.0 if new else -1.0) for sample, new in zip(samples, unseen, strict=True)]
+    kinds = [[i for i, new in enumerate(unseen) if new is kind] for kind in (False, True)]
+    expected = [mean_ap([samples[i] for i in kind], [scores[i] for i in kind]) for kind in kinds]
+    assert balanced_ap(dataset, samples, scores) == pytest.approx(np.mean(expected))

@@ -19,7 +19,12 @@ from models.checkpoint import load_checkpoint
 from tests.tv import make_tvstream
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--width", "32", "--window", "6", "--length", "24", "--crops", "8", "--lr", "3e-3", "--warmup", "3"]
+# fmt: off
+SMALL = [
+    "--width", "32", "--window", "6", "--length", "24", "--crops", "8", "--lr", "3e-3", "--warmup", "3",
+    "--dropout", "0.1", "--zero-shot", "1", "--weight-saliency", "1", "--weight-batch", "0",
+]
+# fmt: on
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +54,9 @@ def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_run_beats_zero_shot_and_leaves_checkpoint_table_picture_and_log(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(features, tmp_path / "run", "--epochs", "12") == 0
+    assert train(features, tmp_path / "run", "--epochs", "20") == 0
     told = result(capsys)
-    assert told["trained"]["frame_ap_seen"] > told["zero-shot"]["frame_ap_seen"] + 0.02
+    assert told["trained"]["frame_ap_seen"] > told["zero-shot"]["frame_ap_seen"] + 0.1
     run = tmp_path / "run"
     assert (run / "report.png").stat().st_size > 10_000 and list((run / "log").iterdir())
     model, provenance = load_checkpoint(run / "best.safetensors", mode="causal")
@@ -123,9 +128,12 @@ def test_a_causal_student_learns_from_a_teacher_that_sees_ahead(
 ) -> None:
     assert train(features, tmp_path / "teacher", "--epochs", "1", "--mode", "clip") == 0
     teacher = str(tmp_path / "teacher" / "best.safetensors")
-    assert train(features, tmp_path / "student", "--epochs", "4", "--teacher", teacher, "--distil", "0.5") == 0
-    history = load_checkpoint(tmp_path / "student" / "best.safetensors")[1].notes["history"]
-    assert history[-1]["distil"] < history[0]["distil"]
+    said = {}
+    for weight in ("1e-9", "10"):
+        out = tmp_path / weight
+        assert train(features, out, "--epochs", "8", "--teacher", teacher, "--distil", weight) == 0
+        said[weight] = load_checkpoint(out / "last.safetensors")[1].notes["history"][-1]["distil"]
+    assert said["10"] < 0.9 * said["1e-9"], "it says what the teacher says, and would not have otherwise"
 
 
 def test_a_run_can_begin_with_the_weights_of_another(features: Path, tmp_path: Path) -> None:

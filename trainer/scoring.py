@@ -177,7 +177,7 @@ def weigh_zero_shot(model: R2, dataset: Dataset, samples: Sequence[Sample], scor
 
     Training sees its own queries only, for which its own part is worth more than it is for any other.
     """
-    bare, scale = zero_shot(dataset, samples), float(model.zero_shot)
+    bare, scale = zero_shot(dataset, samples), model.zero_shot.item()
     learned = [saliency - scale * own for saliency, own in zip(scores, bare, strict=True)]
 
     def scaled(factor: float) -> list[Floats]:
