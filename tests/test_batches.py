@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.tv import make_tvstream
-from trainer.batches import collate, epoch, groups
+from trainer.batches import Cutter, groups
 from trainer.dataset import Dataset, Sample, Text, Video
 from trainer.tvstream import load_tvstream
 
@@ -25,13 +25,15 @@ def test_an_epoch_is_every_sample_once_and_groups_share_a_video(dataset: Dataset
 
 def test_a_crop_is_a_stretch_of_its_video_and_truth_comes_along(dataset: Dataset) -> None:
     samples, rng = dataset.samples["train"], np.random.default_rng(0)
-    for batch in epoch(dataset, samples, crops=3, queries=2, length=40, rng=rng):
+    found = groups(samples, 2, rng)
+    for at in range(0, len(found), 3):
+        batch = Cutter(dataset, 40).collate(found[at : at + 3], rng)
         assert batch.layers.shape[1] == 40 and (batch.targets.inside & batch.targets.counted).any()
     group = [
         [sample for sample in samples if sample.vid == "v1"][:2],
         [sample for sample in samples if sample.vid == "v0"][:1],
     ]
-    batch = collate(dataset, group, 40, np.random.default_rng(3))
+    batch = Cutter(dataset, 40).collate(group, np.random.default_rng(3))
     assert batch.row_video.tolist() == [0, 0, 1]
     for row, sample in enumerate([*group[0], *group[1]]):
         whole = torch.from_numpy(dataset.video(sample.vid).embedding.astype(np.float32))
@@ -48,13 +50,13 @@ def test_a_crop_is_a_stretch_of_its_video_and_truth_comes_along(dataset: Dataset
 def test_every_crop_holds_a_moment_of_one_of_its_queries(dataset: Dataset) -> None:
     samples = dataset.samples["train"]
     for seed in range(20):
-        batch = collate(dataset, [[samples[seed]]], 12, np.random.default_rng(seed))
+        batch = Cutter(dataset, 12).collate([[samples[seed]]], np.random.default_rng(seed))
         assert batch.targets.inside.any()
 
 
 def test_a_video_shorter_than_the_crop_is_padded_and_nothing_of_the_padding_counts() -> None:
     data = tiny([5, 9])
-    batch = collate(data, [[data.samples["train"][0]], [data.samples["train"][1]]], 20, np.random.default_rng(0))
+    batch = Cutter(data, 20).collate([[data.samples["train"][0]], [data.samples["train"][1]]], np.random.default_rng(0))
     assert batch.layers.shape[1] == 9, "no longer than the longest video"
     assert batch.mask.tolist() == [[True] * 5 + [False] * 4, [True] * 9]
     assert not batch.targets.counted[0, 5:].any() and not batch.layers[0, 5:].any()
@@ -62,7 +64,7 @@ def test_a_video_shorter_than_the_crop_is_padded_and_nothing_of_the_padding_coun
 
 def test_texts_of_different_lengths_are_padded_with_a_mask() -> None:
     data = tiny([5, 9])
-    batch = collate(data, [[data.samples["train"][0]], [data.samples["train"][1]]], 20, np.random.default_rng(0))
+    batch = Cutter(data, 20).collate([[data.samples["train"][0]], [data.samples["train"][1]]], np.random.default_rng(0))
     assert batch.word_mask.tolist() == [[True, False, False], [True, True, True]]
     assert batch.words.shape == (2, 2, 3, 4) and not batch.words[0, :, 1:].any()
     np.testing.assert_array_equal(batch.words[1].numpy(), data.text("q1").layers.astype(np.float32))
@@ -72,17 +74,15 @@ def test_the_same_text_and_another_true_one_do_not_contradict_a_window() -> None
     data = tiny([9, 9])
     first, second = data.samples["train"]
     twin = Sample.of("v1", "q0", second.windows, 18.0, 9, 2.0)
-    batch = collate(data, [[second, twin]], 9, np.random.default_rng(0))
+    batch = Cutter(data, 9).collate([[second, twin]], np.random.default_rng(0))
     assert batch.targets.alike.all(), "both are true at the same windows of one video"
-    batch = collate(data, [[first], [second]], 9, np.random.default_rng(0))
+    batch = Cutter(data, 9).collate([[first], [second]], np.random.default_rng(0))
     assert batch.targets.alike.tolist() == [[True, False], [False, True]]
 
 
 def test_the_same_seed_draws_the_same_batch(dataset: Dataset) -> None:
     samples = dataset.samples["train"]
-    a, b = (
-        next(epoch(dataset, samples, crops=3, queries=2, length=30, rng=np.random.default_rng(5))) for _ in range(2)
-    )
+    a, b = (Cutter(dataset, 30).collate([samples[:2], samples[5:6]], np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(a.layers, b.layers) and torch.equal(a.targets.positive, b.targets.positive)
 
 

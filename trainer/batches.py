@@ -5,7 +5,8 @@ larger part with many patches, is then computed once a crop.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trainer.dataset import Dataset, Sample
 from trainer.losses import Targets
+from trainer.remix import Piece, Remixer, Truth, cut
 
 
 class Batch(NamedTuple):
@@ -37,71 +39,89 @@ class Batch(NamedTuple):
         return Batch(**moved, targets=targets)
 
 
-def groups(samples: Sequence[Sample], queries: int, rng: Generator) -> list[list[Sample]]:
-    """All samples once, in random order: up to `queries` of one video together."""
+def groups(samples: Sequence[Sample], queries: int, rng: Generator, *, mixed: bool = False) -> list[list[Sample]]:
+    """All samples once, in random order, up to `queries` together: of one video, or `mixed`."""
     by_video: dict[str, list[Sample]] = defaultdict(list)
     for index in rng.permutation(len(samples)).tolist():
-        by_video[samples[index].vid].append(samples[index])
+        by_video["" if mixed else samples[index].vid].append(samples[index])
     found = [mine[at : at + queries] for mine in by_video.values() for at in range(0, len(mine), queries)]
     return [found[index] for index in rng.permutation(len(found)).tolist()]
 
 
-def epoch(
-    dataset: Dataset, samples: Sequence[Sample], *, crops: int, queries: int, length: int, rng: Generator
-) -> Iterator[Batch]:
-    """Every sample once, `crops` groups a step. The last step may have fewer."""
-    found = groups(samples, queries, rng)
-    for at in range(0, len(found), crops):
-        yield collate(dataset, found[at : at + crops], length, rng)
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts crops: of one recording each, or of pieces of many."""
 
+    dataset: Dataset
+    length: int
+    """T at most."""
+    remixer: Remixer | None = None
+    piece: int = 0
+    """Windows of a piece in the mean, with a remixer."""
 
-def collate(dataset: Dataset, chosen: Sequence[Sequence[Sample]], length: int, rng: Generator) -> Batch:
-    """One crop of `length` windows for each group, placed so that one of its queries comes true in it."""
-    longest = min(length, max(len(group[0].inside) for group in chosen))
-    layers, embeddings, masks, rows = [], [], [], []
-    for place, group in enumerate(chosen):
-        video, count = dataset.video(group[0].vid), len(group[0].inside)
+    def collate(self, chosen: Sequence[Sequence[Sample]], rng: Generator) -> Batch:
+        """One crop for each group, placed so that one of its queries comes true in it."""
+        crops = [self._crop(group, rng) for group in chosen]
+        longest = max(len(truths[0].inside) for _, truths in crops)
+        videos = [[self.dataset.video(piece.vid) for piece in pieces] for pieces, _ in crops]
+        layers, embeddings = (
+            torch.stack(
+                [
+                    _padded([getattr(v, name)[p.start : p.end] for v, p in zip(mine, pieces, strict=True)], longest)
+                    for mine, (pieces, _) in zip(videos, crops, strict=True)
+                ]
+            )
+            for name in ("layers", "embedding")
+        )
+        rows = [(place, truth) for place, (_, truths) in enumerate(crops) for truth in truths]
+        row_video = torch.tensor([place for place, _ in rows])
+        queries = [sample.query for group in chosen for sample in group]
+        texts = [self.dataset.text(query) for query in queries]
+        words = [torch.from_numpy(np.ascontiguousarray(text.layers.swapaxes(0, 1), np.float32)) for text in texts]
+        lengths = torch.tensor([len(each) for each in words])
+        return Batch(
+            layers,
+            embeddings,
+            torch.arange(longest) < torch.tensor([len(truths[0].inside) for _, truths in crops])[:, None],
+            row_video,
+            pad_sequence(words, batch_first=True).transpose(1, 2).contiguous(),
+            torch.arange(int(lengths.max())) < lengths[:, None],
+            torch.from_numpy(np.stack([text.embedding for text in texts])),
+            _targets([truth for _, truth in rows], queries, row_video, longest, rng),
+        )
+
+    def _crop(self, group: Sequence[Sample], rng: Generator) -> tuple[list[Piece], list[Truth]]:
+        if self.remixer:
+            pieces = self.remixer.pieces(group, self.length, self.piece, rng)
+            return pieces, [self.remixer.truth(sample, pieces) for sample in group]
+        count = len(group[0].inside)
+        size = min(self.length, count)
         true = np.flatnonzero(group[int(rng.integers(len(group)))].inside)
         centre = int(rng.choice(true)) if len(true) else int(rng.integers(count))
-        start = int(np.clip(centre - rng.integers(longest), 0, max(0, count - longest)))
-        crop = slice(start, start + longest)
-        layers.append(_padded(video.layers[crop], longest))
-        embeddings.append(_padded(video.embedding[crop], longest))
-        masks.append(torch.arange(longest) < count - start)
-        rows += [(place, sample, crop) for sample in group]
-    texts = [dataset.text(sample.query) for _, sample, _ in rows]
-    words = [torch.from_numpy(np.ascontiguousarray(text.layers.swapaxes(0, 1), np.float32)) for text in texts]
-    lengths = torch.tensor([len(each) for each in words])
-    row_video = torch.tensor([place for place, _, _ in rows])
-    return Batch(
-        torch.stack(layers),
-        torch.stack(embeddings),
-        torch.stack(masks),
-        row_video,
-        pad_sequence(words, batch_first=True).transpose(1, 2).contiguous(),
-        torch.arange(int(lengths.max())) < lengths[:, None],
-        torch.from_numpy(np.stack([text.embedding for text in texts])),
-        _targets(rows, row_video, longest, rng),
-    )
+        start = int(np.clip(centre - rng.integers(size), 0, count - size))
+        piece = Piece(group[0].vid, start, start + size)
+        return [piece], [cut(sample, piece) for sample in group]
 
 
-def _targets(rows: Sequence[tuple[int, Sample, slice]], row_video: Tensor, length: int, rng: Generator) -> Targets:
+def _targets(
+    truths: Sequence[Truth], queries: Sequence[str], row_video: Tensor, length: int, rng: Generator
+) -> Targets:
     inside, away, saliency, counted = (
-        torch.stack([_padded(getattr(sample, name)[crop], length) for _, sample, crop in rows])
-        for name in ("inside", "distances", "saliency", "counted")
+        torch.stack([_padded([part], length) for part in parts]) for parts in zip(*truths, strict=True)
     )
     true = (inside.bool() & counted.bool()).numpy()
     positive = [int(rng.choice(np.flatnonzero(row))) if row.any() else -1 for row in true]
-    names = [sample.query for _, sample, _ in rows]
-    alike = torch.tensor([[a == b for b in names] for a in names])
+    alike = torch.tensor([[a == b for b in queries] for a in queries])
     # Another query of the same crop that is true at the same window does not contradict it either.
     also = torch.from_numpy(true).T[torch.tensor(positive)]
     alike |= (row_video[:, None] == row_video) & also
     return Targets(inside.bool(), away, saliency, counted.bool(), torch.tensor(positive), alike)
 
 
-def _padded(values: NDArray[Any], length: int) -> Tensor:
-    """(n, ...) -> (length, ...) fp32, zeros at the end."""
-    out = torch.zeros(length, *values.shape[1:])
-    out[: len(values)] = torch.from_numpy(np.ascontiguousarray(values))
+def _padded(parts: Sequence[NDArray[Any]], length: int) -> Tensor:
+    """(n, ...) each, one behind the other -> (length, ...) fp32, zeros at the end."""
+    out, at = torch.zeros(length, *parts[0].shape[1:]), 0
+    for part in parts:
+        out[at : at + len(part)] = torch.from_numpy(np.ascontiguousarray(part))
+        at += len(part)
     return out

@@ -27,6 +27,8 @@ class TrainConfig:
     """Of each crop at most: what the backbone says of it is then mapped once."""
     length: int = 128
     """Windows of a crop. More than K W, or the far end of the memory is never trained."""
+    piece: int = 0
+    """Windows in the mean of the pieces that a crop is spliced out of; 0: a crop is a stretch of one recording."""
     lr: float = 1e-3
     weight_decay: float = 1e-2
     warmup: int = 50
@@ -55,10 +57,21 @@ class TrainConfig:
         for name in ("epochs", "crops", "queries", "length", "width", "window"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.piece == 1:
+            raise InputError("--piece must be 0, or at least 2 windows")
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name):g}")
-        for name in ("depth", "weight_decay", "warmup", "query_noise", "refine_epochs", "refine_weight", "distil"):
+        for name in (
+            "depth",
+            "piece",
+            "weight_decay",
+            "warmup",
+            "query_noise",
+            "refine_epochs",
+            "refine_weight",
+            "distil",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(self, name):g}")
 
@@ -80,6 +93,7 @@ HELP = {
     "crops": "pieces of video a step",
     "queries": "queries of a crop, at most",
     "length": "windows of a crop",
+    "piece": "splice crops out of pieces of so many windows, of many recordings (0: crops are of one)",
     "warmup": "steps until the learning rate is reached",
     "clip_norm": "largest norm of the gradient",
     "zero_shot": "scale of the backbone's own similarity in the score",

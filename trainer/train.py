@@ -35,10 +35,11 @@ from models.errors import ModelError
 from models.mlrl import Mlrl, MlrlConfig, check_collapse
 from models.r2 import R2
 from models.r2_types import R2Config
-from trainer.batches import Batch, collate, groups
+from trainer.batches import Batch, Cutter, groups
 from trainer.config import TrainConfig, add_options, from_arguments
 from trainer.dataset import Dataset
 from trainer.open_dataset import add_dataset_options, open_dataset
+from trainer.remix import Remixer
 from trainer.report import write_report
 from trainer.scoring import balanced_ap, calibrate, saliencies, weigh_zero_shot
 from trainer.trainee import Trainee
@@ -113,7 +114,9 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     stepped: nn.Module = DistributedDataParallel(trainee, find_unused_parameters=True) if world > 1 else trainee
     refining = config.refine_epochs if config.refine == "before" else 0
     epochs = refining + config.epochs
-    steps = math.ceil(len(groups(samples, config.queries, np.random.default_rng(0))) / (config.crops * world))
+    steps = math.ceil(
+        len(groups(samples, config.queries, np.random.default_rng(0), mixed=config.piece > 0)) / (config.crops * world)
+    )
 
     # ---------------------------------------------------------------------------------------------- where it stands
     done, best, history = 0, -math.inf, list[dict[str, float]]()
@@ -233,11 +236,13 @@ def seed_all(seed: int) -> None:
 
 def _batches(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
     """This process's share of an epoch: all draw the same order, and each takes every `world`-th step's worth."""
-    found = groups(dataset.samples["train"], config.queries, rng)
+    samples = dataset.samples["train"]
+    found = groups(samples, config.queries, rng, mixed=config.piece > 0)
+    cutter = Cutter(dataset, config.length, Remixer(samples) if config.piece else None, config.piece)
     step = config.crops * world
     for at in range(0, len(found), step):
         mine = found[at : at + step][rank::world] or found[:1]
-        yield collate(dataset, mine, config.length, rng)
+        yield cutter.collate(mine, rng)
 
 
 def _begin_anew(optimiser: torch.optim.Optimizer) -> None:
