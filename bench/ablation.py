@@ -4,8 +4,8 @@
     python -m bench.ablation lite --features DIR --train FILE --val FILE --streams FILE --out DIR [--jobs N] [--test]
 
 Each run is a `livemoments train` in a process of its own, in a folder of its own under `--out`; what is there is kept,
-and a run that was cut off goes on. Choices are made on val. `--test` scores the test split with `livemoments bench
-accuracy` and writes results.json.
+and a run that was cut off goes on. Choices are made on val; `--test` scores the test split with `livemoments bench
+accuracy`. The table is written to val.json or test.json.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bench.environment import environment
 from kernels.errors import InputError, LivemomentsError
+from stream.output import write
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def main() -> int:
         rows.setdefault(variant.name, []).append(result["trained"])
     summary = {name: _summary(results) for name, results in rows.items() if results}
     _print(Console(highlight=False), summary, "test" if args.test else "val")
-    (args.out / "results.json").write_text(json.dumps({"rows": summary} | environment(), indent=2) + "\n")
+    split = "test" if args.test else "val"
+    write(args.out / f"{split}.json", json.dumps({"split": split, "rows": summary} | environment(), indent=2) + "\n")
     return 0
 
 
@@ -110,6 +112,11 @@ def _measure(args: argparse.Namespace, variant: Variant, seed: int, console: Con
     if args.suite == "lite":
         data += ["--train", str(args.train), "--val", str(args.val)]
     options = [*RECIPES[args.suite].split(), *variant.options.split(), "--seed", str(seed)]
+    out.mkdir(exist_ok=True)
+    made = out / "command.json"
+    if made.exists() and json.loads(made.read_text()) != [*data, *options]:
+        raise InputError(f"{out} holds a run of other options: remove it, or choose another --out")
+    made.write_text(json.dumps([*data, *options]))
     if not (out / "report.json").exists():
         resume = ["--resume"] if (out / "state.pt").exists() else []
         _call(["train", *data, "--out", str(out), *options, *resume], out.with_suffix(".log"))
@@ -121,7 +128,8 @@ def _measure(args: argparse.Namespace, variant: Variant, seed: int, console: Con
     if not tested.exists():
         streams = ["--streams", str(args.streams)] if args.suite == "lite" else []
         command = ["bench", "accuracy", *data[:2], *streams, "--checkpoint", str(out / "best.safetensors")]
-        tested.write_text(_call(command, out.with_suffix(".test.log")).strip().splitlines()[-1])
+        command += ["--out", str(out / "queries.jsonl")]
+        write(tested, _call(command, out.with_suffix(".test.log")).strip().splitlines()[-1])
         console.print(f"{variant.name}, seed {seed}: tested")
     result: dict[str, Any] = json.loads(tested.read_text())
     return result

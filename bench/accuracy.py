@@ -71,7 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=float, default=MomentOptions.threshold, metavar="P", help="score that opens a moment"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write what was found, in the same jsonl")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write what was found, in the same jsonl; with --features the frame AP of every query",
+    )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw truth, score and moments of every query")
 
 
@@ -107,8 +112,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_features(args: argparse.Namespace) -> int:
-    if not (args.features and args.checkpoint) or args.videos or args.out:
-        raise InputError("--features DIR and --checkpoint FILE go together, without --videos and --out")
+    if not (args.features and args.checkpoint) or args.videos:
+        raise InputError("--features DIR and --checkpoint FILE go together, without --videos")
     try:
         from bench import features
     except ModuleNotFoundError as error:

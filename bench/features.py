@@ -7,6 +7,7 @@ viewer would have had at the time. Beside it stands what the backbone says by it
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,15 +23,19 @@ from kernels.errors import InputError
 from models.checkpoint import load_checkpoint
 from models.errors import ModelError
 from models.r2 import R2
+from stream.output import check_writable, write
+from stream.predictions import to_jsonl
 from trainer.annotated import load_annotated
 from trainer.dataset import Dataset, Sample
 from trainer.report import plot_samples, print_measures
-from trainer.scoring import Calibration, calibrate, measures, query_maps, saliencies, zero_shot
+from trainer.scoring import Calibration, calibrate, frame_aps, measures, query_maps, saliencies, zero_shot
 from trainer.tvstream import load_tvstream
 
 
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
+    if args.out:
+        check_writable(args.out)
     try:
         model, provenance = load_checkpoint(args.checkpoint)
     except ModelError as error:
@@ -42,19 +47,28 @@ def run(args: argparse.Namespace) -> int:
     if not any(len(sample.windows) for sample in samples):
         raise InputError(f"{args.features}: no query of the split {args.split!r} comes true: nothing to score")
     _check_fits(model, dataset, samples[0], args.checkpoint)
-    trained = frozenset(provenance.notes.get("queries", ()))
-    dataset = dataclasses.replace(dataset, unseen=frozenset(s.query for s in samples) - trained)
+    if dataset.unseen != frozenset(provenance.notes.get("unseen", ())):  # it was not trained on this folder
+        trained = frozenset(provenance.notes.get("queries", ()))
+        dataset = dataclasses.replace(dataset, unseen=frozenset(s.query for s in samples) - trained)
     calibration = Calibration(**provenance.calibration)
     if model.config.mode == "causal":
         scores = streamed(model, dataset, samples, console)
     else:  # it sees ahead: there is no live stream that it could stand for
-        scores = list(saliencies(model, dataset, samples))
-    bare = zero_shot(dataset, samples)
-    rows = {
-        "trained": measures(dataset, samples, scores, calibration),
+        scores = list(saliencies(model, dataset, samples, provenance.notes["config"]["length"]))
+    rows = {"trained": measures(dataset, samples, scores, calibration)}
+    aps = {"trained": frame_aps(samples, scores)}
+    if len(dataset.text(samples[0].query).embedding) > 1:
+        bare = zero_shot(dataset, samples)
         # The best threshold in hindsight: zero-shot has no calibration of its own.
-        "zero-shot": measures(dataset, samples, bare, calibrate(samples, bare)),
-    }
+        rows["zero-shot"] = measures(dataset, samples, bare, calibrate(samples, bare))
+        aps["zero-shot"] = frame_aps(samples, bare)
+    if args.out:
+        lines = [
+            {"vid": sample.vid, "query": sample.query}
+            | {name: None if math.isnan(v[i]) else v[i] for name, v in aps.items()}
+            for i, sample in enumerate(samples)
+        ]
+        write(args.out, to_jsonl(lines))
     print_measures(Console(highlight=False), rows, args.split)
     if args.plot:
         plot_samples(dataset.hop_s, samples, [calibration(each) for each in scores], args.plot / f"{args.split}.png")

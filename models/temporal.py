@@ -210,7 +210,7 @@ class Attention(nn.Module):
 
     def _turned(self, x: Tensor, place: Tensor) -> Tensor:
         """x (.., N, C / H) turned by its places (N,)."""
-        angle = place[:, None].to(x.dtype) * self.rates
+        angle = place[:, None].to(self.rates.dtype) * self.rates  # bfloat16 counts to 256
         return x * angle.cos() + _quarter(x) * angle.sin()
 
 

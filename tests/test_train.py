@@ -123,6 +123,25 @@ def test_every_way_to_train_gives_a_checkpoint_that_scores(
     assert 0 < result(capsys)["trained"]["frame_ap"] <= 1
 
 
+def test_refining_before_the_training_is_over_when_the_training_begins(features: Path, tmp_path: Path) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "2", "--refine", "before", "--refine-epochs", "2") == 0
+    history = load_checkpoint(tmp_path / "run" / "last.safetensors")[1].notes["history"]
+    assert [("mlrl" in row, "focal" in row, "val_ap" in row) for row in history] == [
+        (True, False, False), (True, False, False), (False, True, True), (False, True, True)
+    ]  # fmt: skip
+
+
+def test_resuming_a_finished_run_changes_nothing(features: Path, tmp_path: Path) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "2") == 0
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("best.safetensors", "report.json")}
+    assert train(features, tmp_path / "run", "--epochs", "2", "--resume") == 0
+    model, provenance = load_checkpoint(tmp_path / "run" / "best.safetensors")
+    (tmp_path / "old").write_bytes(before["best.safetensors"])
+    old, known = load_checkpoint(tmp_path / "old")
+    assert provenance.calibration == known.calibration and model.zero_shot == old.zero_shot
+    assert (tmp_path / "run" / "report.json").read_bytes() == before["report.json"]
+
+
 def test_a_causal_student_learns_from_a_teacher_that_sees_ahead(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +187,9 @@ def test_two_processes_train_one_model(features: Path, tmp_path: Path) -> None:
         (["--hop", "3"], "hop of 3 s"),
         (["--train", "x.jsonl"], "holds its own truth"),
         (["--resume"], "holds no run to resume"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--weight-focal", "nan"], "--weight-focal must be at least 0"),
+        (["--crops", "4000", "--lr", "1e9", "--clip-norm", "1e9"], "lower --lr"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -217,6 +239,19 @@ def test_bench_accuracy_scores_other_folders_window_by_window(
         assert told["split"] == "test"
         assert {kind for kind in ("seen", "unseen") if f"frame_ap_{kind}" in told["trained"]} == kinds
         assert told["trained"]["frame_ap"] > 0.3 and told["zero-shot"]["frame_ap"] > 0.3
+
+
+def test_unseen_is_what_was_kept_out_of_training_not_what_happened_to_be_missing(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(features, tmp_path / "run", "--epochs", "1") == 0
+    best, rows = tmp_path / "run" / "best.safetensors", tmp_path / "rows.jsonl"
+    assert main(["bench", "accuracy", "--features", str(features), "--checkpoint", str(best), "--out", str(rows)]) == 0
+    told = result(capsys)["trained"]
+    aps = {line["query"]: line["trained"] for line in map(json.loads, rows.read_text().splitlines())}
+    unseen = [ap for query, ap in aps.items() if query in ("thing 0", "thing 8")]
+    assert len(unseen) == 2 and told["frame_ap_unseen"] == pytest.approx(sum(unseen) / 2)
+    assert told["frame_ap"] == pytest.approx(sum(aps.values()) / len(aps))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class TrainConfig:
     queries: int = 1
     """Of each crop at most: what the backbone says of it is then mapped once."""
     length: int = 128
-    """Windows of a crop. More than K W, or the far end of the memory is never trained."""
+    """Windows of a crop. At K (W - 1) + 1 and fewer, the far end of the memory is never trained."""
     piece: int = 0
     """Windows in the mean of the pieces that a crop is spliced out of; 0: a crop is a stretch of one recording."""
     lr: float = 1e-3
@@ -57,6 +57,10 @@ class TrainConfig:
         for name in ("epochs", "crops", "queries", "length", "width", "window"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        losses = {f"weight_{name}": value for name, value in dataclasses.asdict(self.weights).items()}
+        for name, value in {**losses, "zero_shot": self.zero_shot, "seed": self.seed}.items():
+            if not 0 <= value < float("inf"):
+                raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {value:g}")
         if self.piece == 1:
             raise InputError("--piece must be 0, or at least 2 windows")
         for name in ("lr", "clip_norm"):

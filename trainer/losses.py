@@ -98,6 +98,7 @@ def weighted(losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
 
 def focal_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Elementwise, logits and bool truth of one shape."""
+    logits = logits.float()
     wanted = truth.to(logits.dtype)
     surprise = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     missed = (wanted - logits.sigmoid()).abs()

@@ -41,7 +41,7 @@ from trainer.dataset import Dataset
 from trainer.open_dataset import add_dataset_options, open_dataset
 from trainer.remix import Remixer
 from trainer.report import write_report
-from trainer.scoring import balanced_ap, calibrate, saliencies, weigh_zero_shot
+from trainer.scoring import Calibration, balanced_ap, calibrate, saliencies, weigh_zero_shot
 from trainer.trainee import Trainee
 
 SPREAD_STEPS = 20
@@ -93,8 +93,9 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     dataset = open_dataset(args)
     samples, val = dataset.samples["train"], dataset.samples["val"]
-    if not samples or not any(len(sample.windows) for sample in val):
-        raise InputError("nothing to train on: train and val need queries that come true")
+    truths = [truth for sample in val for truth in sample.scored()[1].tolist()]
+    if not samples or not 0 < sum(truths) < len(truths):
+        raise InputError("nothing to train on: train and val need queries that come true, and not all the time")
     if config.depth:
         dataset = dataset.last_layers(config.depth)
 
@@ -125,7 +126,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
         trainee.load_state_dict(state["trainee"])
         optimiser.load_state_dict(state["optimiser"])
         done, best, history = state["done"], state["best"], state["history"]
-    writer = SummaryWriter(str(out / "log"), purge_step=done) if rank == 0 else None
+    writer = SummaryWriter(str(out / "log"), purge_step=done + 1) if rank == 0 else None
 
     # ---------------------------------------------------------------------------------------------- epochs
     with _progress(console) as progress:
@@ -155,7 +156,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                 found["total"].backward()
                 nn.utils.clip_grad_norm_(trained, config.clip_norm)
                 optimiser.step()
-                if mlrl is not None:
+                if mlrl is not None and "mlrl" in found:
                     mlrl.update(model, min(1.0, at / (total * steps)))
                 for name, value in found.items():
                     losses[name].append(value.item())
@@ -163,6 +164,10 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                     check_collapse(float(np.mean(losses["spread"][-SPREAD_STEPS:])))
                 progress.update(bar, advance=1, note=f"loss {np.mean(losses['total'][-20:]):.3f}")
             row = {name: float(np.mean(values)) for name, values in losses.items() if values}
+            if "spread" in row:
+                check_collapse(row["spread"])
+            if not all(weight.isfinite().all() for weight in trained):
+                raise InputError(f"the weights are no numbers after epoch {number + 1}: lower --lr")
             if not refine_only:
                 row["val_ap"] = balanced_ap(dataset, val, list(saliencies(model, dataset, val, config.length)))
             history.append({"epoch": number + 1, **row})
@@ -183,12 +188,13 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     if writer:
         writer.close()
         model, provenance = load_checkpoint(out / "best.safetensors")
-        scores = list(saliencies(model, dataset, val, config.length))
-        if model.config.embedding:
-            scores = weigh_zero_shot(model, dataset, val, scores)
-        calibration = calibrate(val, scores)
-        provenance = dataclasses.replace(provenance, calibration=dataclasses.asdict(calibration))
-        save_checkpoint(out / "best.safetensors", model, provenance)
+        if not provenance.calibration:  # otherwise the run had come this far before
+            scores = list(saliencies(model, dataset, val, config.length))
+            if model.config.embedding:
+                scores = weigh_zero_shot(model, dataset, val, scores)
+            provenance = dataclasses.replace(provenance, calibration=dataclasses.asdict(calibrate(val, scores)))
+            save_checkpoint(out / "best.safetensors", model, provenance)
+        calibration = Calibration(**provenance.calibration)
         result = write_report(model, dataset, calibration, config.length, out, Console(highlight=False))
         print(json.dumps(result | {"run": str(out), "epochs": epochs}, allow_nan=False))
     if world > 1:
@@ -254,6 +260,7 @@ def _provenance(config: TrainConfig, dataset: Dataset, history: list[dict[str, f
         "config": dataclasses.asdict(config),
         "history": history,
         "queries": sorted({sample.query for sample in dataset.samples["train"]}),
+        "unseen": sorted(dataset.unseen),
     }
     return Provenance("livemoments " + " ".join(sys.argv[1:]), dataset.backbone, dataset.hop_s, notes)
 

@@ -34,10 +34,10 @@ class Trainee(nn.Module):
             total = weighted(found, self.config.weights)
             if self._teacher:
                 total = total + self.config.distil * found["distil"]
-        if self.mlrl is not None:
+        if self.mlrl is not None and (refine_only or self.config.refine == "joint"):
             refined = self._refined(batch, generator)
             found |= {"mlrl": refined.total, "spread": refined.spread}
-            total = total + (1.0 if refine_only else self.config.refine_weight) * refined.total
+            total = refined.total if refine_only else total + self.config.refine_weight * refined.total
         return found | {"total": total}
 
     def _supervised(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -49,17 +49,26 @@ class Trainee(nn.Module):
         if model.config.mode == "clip":
             outputs = model(batch.layers[batch.row_video], batch.embedding[batch.row_video], query, self._mask(batch))
             assert isinstance(outputs, ClipOutputs)
-            found = clip_losses(outputs, query.pooled, batch.targets, model.config.strides)
+            with self._precisely(words):
+                found = clip_losses(outputs, query.pooled, batch.targets, model.config.strides)
             cls, rows = outputs.cls, torch.arange(len(batch.row_video), device=words.device)
         else:
             maps = model.video_maps(batch.layers, batch.embedding)
             watched = VideoMaps(*(each[batch.row_video] for each in maps))
             causal, _ = model.prefill(watched, query)
-            found = causal_losses(causal, batch.targets)
+            with self._precisely(words):
+                found = causal_losses(causal, batch.targets)
             cls, rows = maps.tokens[:, :, :, 0].transpose(1, 2), batch.row_video
             if self._teacher:
                 found["distil"] = self._distilled(causal, batch)
-        return found | contrasts(cls, rows, model.pooled_layers(query), batch.targets)
+        pooled = model.pooled_layers(query)
+        with self._precisely(words):
+            return found | contrasts(cls, rows, pooled, batch.targets)
+
+    @staticmethod
+    def _precisely(like: Tensor) -> torch.autocast:
+        """Losses are differences of large sums: not for bfloat16."""
+        return torch.autocast(like.device.type, enabled=False)
 
     def _distilled(self, student: CausalOutputs, batch: Batch) -> Tensor:
         """The teacher's saliency as a distribution over the crop, and how likely it finds each window foreground."""
