@@ -29,6 +29,8 @@ class TrainConfig:
     """Windows of a crop. At K (W - 1) + 1 and fewer, the far end of the memory is never trained."""
     piece: int = 0
     """Windows in the mean of the pieces that a crop is spliced out of; 0: a crop is a stretch of one recording."""
+    align: int = 0
+    """Steps, before all else, of contrasting single windows with texts in large batches; causal models only."""
     lr: float = 1e-3
     weight_decay: float = 1e-2
     warmup: int = 50
@@ -61,6 +63,8 @@ class TrainConfig:
         for name, value in {**losses, "zero_shot": self.zero_shot, "seed": self.seed}.items():
             if not 0 <= value < float("inf"):
                 raise InputError(f"--{name.replace('_', '-')} must be at least 0, got {value:g}")
+        if self.align and self.mode == "clip":
+            raise InputError("--align is for causal models: those of mode clip read where in its clip a window lies")
         if self.piece == 1:
             raise InputError("--piece must be 0, or at least 2 windows")
         for name in ("lr", "clip_norm"):
@@ -69,6 +73,7 @@ class TrainConfig:
         for name in (
             "depth",
             "piece",
+            "align",
             "weight_decay",
             "warmup",
             "query_noise",
@@ -97,6 +102,7 @@ HELP = {
     "crops": "pieces of video a step",
     "queries": "queries of a crop, at most",
     "length": "windows of a crop",
+    "align": "steps of contrasting single windows with texts, before all else (0: none)",
     "piece": "splice crops out of pieces of so many windows, of many recordings (0: crops are of one)",
     "warmup": "steps until the learning rate is reached",
     "clip_norm": "largest norm of the gradient",

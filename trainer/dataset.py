@@ -113,6 +113,15 @@ class Dataset:
     floor: float = 0.0
     """Length that an image embedding must exceed to count in full, see models.r2.R2Config."""
 
+    def first_tokens(self) -> Self:
+        """The same without patches: CLS alone."""
+
+        def video(vid: str) -> Video:
+            whole = self.video(vid)
+            return Video(whole.layers[:, :, :1], whole.embedding)
+
+        return replace(self, video=video)
+
     def last_layers(self, depth: int) -> Self:
         """The same, of the last `depth` layers of the backbone alone.
 

@@ -191,6 +191,33 @@ def with_things(
     ]
 
 
+def with_fillers(splices: Sequence[Splice], library: Library, *, captions: int = 1) -> list[Splice]:
+    """The same streams, which also ask for the photos between the items, each by the first `captions` of its texts.
+
+    For training: it doubles the photos that something is known of. A photo that fills two gaps is true in both.
+    """
+    known = {item.path: item for item in (*library.captioned, *library.named)}
+    asking = []
+    for splice in splices:
+        shown: dict[Path, list[tuple[int, int]]] = {}
+        at = 0
+        for segment in splice.segments:
+            if segment.path in known:
+                shown.setdefault(segment.path, []).append((at, at + segment.frames))
+            at += segment.frames
+        taken = {asked.item.path for asked in splice.asked}
+        texts = {asked.query for asked in splice.asked}
+        more = [
+            Asked(text, known[path], tuple(windows))
+            for path, windows in shown.items()
+            if path not in taken
+            for text in dict.fromkeys(known[path].texts[:captions])
+            if text not in texts
+        ]
+        asking.append(replace(splice, asked=(*splice.asked, *more)))
+    return asking
+
+
 def truths(splices: Sequence[Splice]) -> list[dict[str, Any]]:
     """The lines of a QVHighlights-style jsonl, times in seconds, the things of a stream after its items.
 
@@ -260,6 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="ask for each item by up to N of its captions, each a query of its own (default: %(default)s)",
     )
     parser.add_argument(
+        "--fillers", action="store_true", help="ask for the photos between the items too, by --captions of theirs"
+    )
+    parser.add_argument(
         "--things",
         action="store_true",
         help='also ask up to 4 generic queries a stream ("a dog", "snow"), true where captions say so; '
@@ -286,6 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             captions=options.captions,
             name=options.split or "splice",
         )
+        if options.fillers:
+            splices = with_fillers(splices, library, captions=options.captions)
         if options.things:
             splices = with_things(splices, library, seed=options.seed, assume_absent=options.assume_absent)
         write(splices, options.out)

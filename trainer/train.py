@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -42,8 +43,10 @@ from trainer.open_dataset import add_dataset_options, open_dataset
 from trainer.remix import Remixer
 from trainer.report import write_report
 from trainer.scoring import Calibration, balanced_ap, calibrate, saliencies, weigh_zero_shot
-from trainer.trainee import Trainee
+from trainer.trainee import Phase, Trainee
 
+PAIRS = 256
+"""Of window and text, in a step of the alignment: all others of a step are what a pair is told from."""
 SPREAD_STEPS = 20
 """Over so many steps the spread of the teacher is averaged before it is judged."""
 
@@ -114,10 +117,15 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     # Some weights have no gradient: of W_v's bias never, of the heads while MLRL refines.
     stepped: nn.Module = DistributedDataParallel(trainee, find_unused_parameters=True) if world > 1 else trainee
     refining = config.refine_epochs if config.refine == "before" else 0
-    epochs = refining + config.epochs
-    steps = math.ceil(
-        len(groups(samples, config.queries, np.random.default_rng(0), mixed=config.piece > 0)) / (config.crops * world)
-    )
+    crops = len(groups(samples, config.queries, np.random.default_rng(0), mixed=config.piece > 0))
+    steps = math.ceil(crops / (config.crops * world))
+    # What each epoch does, and in how many steps.
+    counts: list[tuple[Phase, int, int]] = [
+        ("align", min(config.align, 1), config.align),
+        ("refine", refining, steps),
+        ("train", config.epochs, steps),
+    ]
+    plan = [(phase, long) for phase, times, long in counts for _ in range(times)]
 
     # ---------------------------------------------------------------------------------------------- where it stands
     done, best, history = 0, -math.inf, list[dict[str, float]]()
@@ -130,26 +138,27 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
 
     # ---------------------------------------------------------------------------------------------- epochs
     with _progress(console) as progress:
-        bar = progress.add_task("training", total=epochs * steps, completed=done * steps, note="")
-        for number in range(done, epochs):
-            refine_only = number < refining
-            if number == refining and refining and mlrl is not None and not refine_only:
-                _begin_anew(optimiser)  # the moments of another loss
+        every = [number for _, number in plan]
+        bar = progress.add_task("training", total=sum(every), completed=sum(every[:done]), note="")
+        for number, (phase, _) in list(enumerate(plan))[done:]:
+            mine = [place for place, (name, _) in enumerate(plan) if name == phase]
+            if number == mine[0]:
+                optimiser.state.clear()  # the moments of another loss
             # The seeds of an epoch depend on nothing that went before, so that a resumed run draws the same.
             rng = np.random.default_rng((config.seed, number))
             seed_all(config.seed + 1000 * (number + 1) + rank)
             generator = torch.Generator(device).manual_seed(config.seed + 1000 * (number + 1) + rank)
             losses: dict[str, list[float]] = defaultdict(list)
             trainee.train()
-            first, total = (0, refining) if refine_only else (refining, config.epochs)
-            for place, batch in enumerate(_batches(dataset, config, rng, rank, world)):
-                at = (number - first) * steps + place
-                rate = learning_rate(config, at, total * steps)
+            draw = _pairs if phase == "align" else _crops
+            for place, batch in enumerate(draw(dataset, config, rng, rank, world)):
+                at, total = sum(every[mine[0] : number]) + place, sum(every[epoch] for epoch in mine)
+                rate = learning_rate(config, at, total)
                 for group in optimiser.param_groups:
                     group["lr"] = rate
                 amp = torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext()
                 with amp:
-                    found = stepped(batch.to(device), generator, refine_only=refine_only)
+                    found = stepped(batch.to(device), generator, phase)
                 if not torch.isfinite(found["total"]):
                     raise InputError(f"the loss is {found['total'].item()} in epoch {number + 1}: lower --lr")
                 optimiser.zero_grad()
@@ -157,7 +166,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                 nn.utils.clip_grad_norm_(trained, config.clip_norm)
                 optimiser.step()
                 if mlrl is not None and "mlrl" in found:
-                    mlrl.update(model, min(1.0, at / (total * steps)))
+                    mlrl.update(model, at / total)
                 for name, value in found.items():
                     losses[name].append(value.item())
                 if losses["spread"] and place % SPREAD_STEPS == SPREAD_STEPS - 1:
@@ -168,35 +177,35 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                 check_collapse(row["spread"])
             if not all(weight.isfinite().all() for weight in trained):
                 raise InputError(f"the weights are no numbers after epoch {number + 1}: lower --lr")
-            if not refine_only:
-                row["val_ap"] = balanced_ap(dataset, val, list(saliencies(model, dataset, val, config.length)))
+            if phase == "train":
+                row["val_ap"] = balanced_ap(dataset, val, _scores(model, dataset, config))
             history.append({"epoch": number + 1, **row})
             if writer:
                 for name, value in row.items():
-                    writer.add_scalar(f"{'refine' if refine_only else 'train'}/{name}", value, number + 1)
+                    writer.add_scalar(f"{phase}/{name}", value, number + 1)
                 writer.flush()
                 provenance = _provenance(config, dataset, history)
-                if not refine_only and row["val_ap"] > best:
+                if phase == "train" and row["val_ap"] > best:
                     best = row["val_ap"]
                     save_checkpoint(out / "best.safetensors", model, provenance)
                 save_checkpoint(out / "last.safetensors", model, provenance)
                 _save_state(state_path, config, trainee, optimiser, number + 1, best, history)
             told = " ".join(f"{name} {value:.3f}" for name, value in row.items())
-            progress.console.print(f"epoch {number + 1}/{epochs}: {told}", soft_wrap=True)
+            progress.console.print(f"epoch {number + 1}/{len(plan)}, {phase}: {told}", soft_wrap=True)
 
     # ---------------------------------------------------------------------------------------------- what came of it
     if writer:
         writer.close()
         model, provenance = load_checkpoint(out / "best.safetensors")
         if not provenance.calibration:  # otherwise the run had come this far before
-            scores = list(saliencies(model, dataset, val, config.length))
+            scores = _scores(model, dataset, config)
             if model.config.embedding:
                 scores = weigh_zero_shot(model, dataset, val, scores)
             provenance = dataclasses.replace(provenance, calibration=dataclasses.asdict(calibrate(val, scores)))
             save_checkpoint(out / "best.safetensors", model, provenance)
         calibration = Calibration(**provenance.calibration)
         result = write_report(model, dataset, calibration, config.length, out, Console(highlight=False))
-        print(json.dumps(result | {"run": str(out), "epochs": epochs}, allow_nan=False))
+        print(json.dumps(result | {"run": str(out), "epochs": len(plan)}, allow_nan=False))
     if world > 1:
         torch.distributed.destroy_process_group()
     return 0
@@ -222,12 +231,24 @@ def build(config: TrainConfig, dataset: Dataset, init: Path | None) -> R2:
     if shape.mode == "causal" and shape.embedding:
         nn.init.constant_(model.zero_shot, config.zero_shot)
         model.zero_shot.requires_grad_(config.learn_zero_shot)
+    if config.align:  # what the alignment learns of a window then passes through the temporal layer as it is
+        for part in (model.layer.cross.out, model.layer.time.out, model.layer.contract):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
     if init is not None:
         given, _ = load_checkpoint(init, mode=config.mode)
         if (found := dataclasses.replace(given.config, dropout=shape.dropout)) != shape:
             raise InputError(f"{init} does not fit: it is {found}, the data and options ask for {shape}")
         model.load_state_dict(given.state_dict())
     return model
+
+
+def _scores(model: R2, dataset: Dataset, config: TrainConfig) -> list[NDArray[np.float64]]:
+    """Of the val split."""
+    scores = list(saliencies(model, dataset, dataset.samples["val"], config.length))
+    if not all(np.isfinite(saliency).all() for saliency in scores):
+        raise InputError("the model's scores are no numbers any more: lower --lr")
+    return scores
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -240,8 +261,8 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _batches(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
-    """This process's share of an epoch: all draw the same order, and each takes every `world`-th step's worth."""
+def _crops(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
+    """This process's share of an epoch: all draw the same order, and each takes every `world`-th crop of a step."""
     samples = dataset.samples["train"]
     found = groups(samples, config.queries, rng, mixed=config.piece > 0)
     cutter = Cutter(dataset, config.length, Remixer(samples) if config.piece else None, config.piece)
@@ -251,8 +272,13 @@ def _batches(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, ra
         yield cutter.collate(mine, rng)
 
 
-def _begin_anew(optimiser: torch.optim.Optimizer) -> None:
-    optimiser.state.clear()
+def _pairs(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
+    """Single windows, CLS alone, each with a text that is true of it; as many steps as the config says."""
+    samples = [sample for sample in dataset.samples["train"] if (sample.inside & sample.counted).any()]
+    cutter = Cutter(dataset.first_tokens(), 1)
+    for _ in range(config.align):
+        drawn = rng.choice(len(samples), min(PAIRS * world, len(samples)), replace=False)[rank::world]
+        yield cutter.collate([[samples[place]] for place in drawn.tolist()], rng)
 
 
 def _provenance(config: TrainConfig, dataset: Dataset, history: list[dict[str, float]]) -> Provenance:

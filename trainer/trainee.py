@@ -1,5 +1,7 @@
 """One step's losses, as a module: what an optimiser, autocast and DistributedDataParallel see of a model."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -11,6 +13,8 @@ from models.r2_types import CausalOutputs, ClipOutputs, QueryMaps, VideoMaps
 from trainer.batches import Batch
 from trainer.config import TrainConfig
 from trainer.losses import TEMPERATURE, causal_losses, clip_losses, contrasts, weighted
+
+Phase = Literal["align", "refine", "train"]
 
 
 class Trainee(nn.Module):
@@ -25,20 +29,31 @@ class Trainee(nn.Module):
         self.model, self.mlrl, self.config = model, mlrl, config
         self._teacher = [teacher] if teacher else []
 
-    def forward(self, batch: Batch, generator: torch.Generator, *, refine_only: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, phase: Phase) -> dict[str, Tensor]:
         """Each loss by name; "total" is what to minimise. With MLRL also "spread", which is none."""
         found: dict[str, Tensor] = {}
         total = batch.embedding.new_zeros(())
-        if not refine_only:
+        if phase == "align":
+            found = self._aligned(batch)
+            return found | {"total": found["video"]}
+        if phase == "train":
             found = self._supervised(batch, generator)
             total = weighted(found, self.config.weights)
             if self._teacher:
                 total = total + self.config.distil * found["distil"]
-        if self.mlrl is not None and (refine_only or self.config.refine == "joint"):
+        if self.mlrl is not None and (phase == "refine" or self.config.refine == "joint"):
             refined = self._refined(batch, generator)
             found |= {"mlrl": refined.total, "spread": refined.spread}
-            total = refined.total if refine_only else total + self.config.refine_weight * refined.total
+            total = refined.total if phase == "refine" else total + self.config.refine_weight * refined.total
         return found | {"total": total}
+
+    def _aligned(self, batch: Batch) -> dict[str, Tensor]:
+        """The contrast of windows and texts alone, before anything is said about time."""
+        model = self.model
+        cls = model.map_video(batch.layers)[:, :, :, 0].transpose(1, 2)
+        pooled = model.pooled_layers(model.query_maps(batch.words, batch.asked, batch.word_mask))
+        with self._precisely(cls):
+            return contrasts(cls, batch.row_video, pooled, batch.targets)
 
     def _supervised(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         model, words = self.model, batch.words
