@@ -16,7 +16,7 @@ from kernels.errors import InputError
 from trainer.library import SPLITS, Item, Library, load, part
 from trainer.metrics import Truth, inside, read_jsonl
 from trainer.render import IDLE, Kind, Segment, render
-from trainer.splices import Splice, main, plan, truths, write
+from trainer.splices import Splice, main, plan, truths, with_fillers, write
 
 SMALL = (64, 36)
 
@@ -196,6 +196,27 @@ def test_an_item_is_asked_for_by_several_captions(plenty: Library) -> None:
             assert [segment.frames for segment in shown] == [end - start for start, end in asked.windows]
         assert len(texts) == 11
         assert all(len(set(own)) == len(own) == (1 if "imagenet" in str(path) else 2) for path, own in texts.items())
+
+
+def test_fillers_are_asked_for_where_they_are_shown_and_nothing_else_changes(plenty: Library) -> None:
+    before = plan(plenty, streams=3, seconds=120)
+    after = with_fillers(before, plenty, captions=2)
+    found = 0
+    for old, new in zip(before, after, strict=True):
+        assert new.segments == old.segments and new.asked[: len(old.asked)] == old.asked
+        edges = np.cumsum([0, *(segment.frames for segment in new.segments)]).tolist()
+        for asked in new.asked[len(old.asked) :]:
+            shown = [
+                (start, end)
+                for segment, (start, end) in zip(new.segments, pairwise(edges), strict=True)
+                if segment.path == asked.item.path
+            ]
+            assert list(asked.windows) == shown and asked.query in asked.item.texts
+            found += 1
+        photos = {segment.path for segment in new.segments if segment.path and segment.path.parent.name == "flickr"}
+        assert photos <= {asked.item.path for asked in new.asked}, "every captioned photo is asked for"
+        assert len({asked.query for asked in new.asked}) == len(new.asked)
+    assert found
 
 
 def test_a_caption_that_two_people_wrote_is_asked_once(library: Library) -> None:

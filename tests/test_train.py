@@ -112,6 +112,7 @@ def test_other_seeds_give_other_weights_and_the_same_seed_the_same(features: Pat
         ["--refine", "before", "--refine-epochs", "1"],
         ["--refine", "joint", "--inputs", "clip"],
         ["--amp"],
+        ["--align", "5", "--piece", "6", "--queries", "3"],
         ["--queries", "4", "--query-noise", "0.3", "--learn-zero-shot"],
     ],
     ids=lambda options: " ".join(options),
@@ -129,6 +130,13 @@ def test_refining_before_the_training_is_over_when_the_training_begins(features:
     assert [("mlrl" in row, "focal" in row, "val_ap" in row) for row in history] == [
         (True, False, False), (True, False, False), (False, True, True), (False, True, True)
     ]  # fmt: skip
+
+
+def test_alignment_teaches_which_window_goes_with_which_text(features: Path, tmp_path: Path) -> None:
+    """Untrained, a pair is one of as many as there are in a step; 56 of them make a loss of 2 log 56 = 8."""
+    assert train(features, tmp_path / "run", "--epochs", "1", "--align", "60") == 0
+    history = load_checkpoint(tmp_path / "run" / "last.safetensors")[1].notes["history"]
+    assert set(history[0]) == {"epoch", "video", "layer", "total"} and history[0]["video"] < 6.5
 
 
 def test_resuming_a_finished_run_changes_nothing(features: Path, tmp_path: Path) -> None:
@@ -187,6 +195,8 @@ def test_two_processes_train_one_model(features: Path, tmp_path: Path) -> None:
         (["--hop", "3"], "hop of 3 s"),
         (["--train", "x.jsonl"], "holds its own truth"),
         (["--resume"], "holds no run to resume"),
+        (["--align", "5", "--mode", "clip"], "--align is for causal models"),
+        (["--piece", "1"], "--piece must be 0, or at least 2"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--weight-focal", "nan"], "--weight-focal must be at least 0"),
         (["--crops", "4000", "--lr", "1e9", "--clip-norm", "1e9"], "lower --lr"),
