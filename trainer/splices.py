@@ -199,22 +199,20 @@ def with_fillers(splices: Sequence[Splice], library: Library, *, captions: int =
     known = {item.path: item for item in (*library.captioned, *library.named)}
     asking = []
     for splice in splices:
-        shown: dict[Path, list[tuple[int, int]]] = {}
-        at = 0
-        for segment in splice.segments:
-            if segment.path in known:
-                shown.setdefault(segment.path, []).append((at, at + segment.frames))
-            at += segment.frames
         taken = {asked.item.path for asked in splice.asked}
         texts = {asked.query for asked in splice.asked}
-        more = [
-            Asked(text, known[path], tuple(windows))
-            for path, windows in shown.items()
-            if path not in taken
-            for text in dict.fromkeys(known[path].texts[:captions])
-            if text not in texts
-        ]
-        asking.append(replace(splice, asked=(*splice.asked, *more)))
+        more: dict[str, Asked] = {}
+        at = 0
+        for segment in splice.segments:
+            window = at, at + segment.frames
+            at += segment.frames
+            if segment.path is None or segment.path in taken or (item := known.get(segment.path)) is None:
+                continue
+            for text in item.texts[:captions]:  # two photos of ants answer the same
+                earlier = more[text].windows if text in more else ()
+                if text not in texts and window not in earlier:
+                    more[text] = Asked(text, item, (*earlier, window))
+        asking.append(replace(splice, asked=(*splice.asked, *more.values())))
     return asking
 
 
