@@ -55,7 +55,8 @@ SUITES = {
 }
 RECIPES = {
     "tvstream": "--width 128 --epochs 6 --lr 3e-3 --dropout 0.2 --weight-saliency 1 --weight-batch 0 --zero-shot 4.5",
-    "lite": "--epochs 10 --crops 2 --queries 8",
+    "lite": "--width 128 --window 16 --length 80 --crops 4 --queries 8 --piece 8 --align 300 --epochs 4 --lr 1e-3 "
+    "--dropout 0.5 --weight-saliency 1 --weight-video 1 --zero-shot 0.15 --refine-epochs 1",
 }
 SHOWN = (
     "frame_ap",

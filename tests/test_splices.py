@@ -202,7 +202,7 @@ def test_fillers_are_asked_for_where_they_are_shown_and_nothing_else_changes(ple
     before = plan(plenty, streams=3, seconds=120)
     after = with_fillers(before, plenty, captions=2)
     found = 0
-    texts = {item.path: item.texts for item in (*plenty.captioned, *plenty.named)}
+    texts = {item.path: item.texts[:2] for item in (*plenty.captioned, *plenty.named)}
     for old, new in zip(before, after, strict=True):
         assert new.segments == old.segments and new.asked[: len(old.asked)] == old.asked
         edges = np.cumsum([0, *(segment.frames for segment in new.segments)]).tolist()
@@ -216,7 +216,8 @@ def test_fillers_are_asked_for_where_they_are_shown_and_nothing_else_changes(ple
             found += 1
         photos = {segment.path for segment in new.segments if segment.path and segment.path.parent.name == "flickr"}
         assert photos <= {asked.item.path for asked in new.asked}, "every captioned photo is asked for"
-        assert len({asked.query for asked in new.asked}) == len(new.asked)
+        more = [asked.query for asked in new.asked[len(old.asked) :]]
+        assert len(set(more)) == len(more) and not set(more) & {asked.query for asked in old.asked}
     assert found
 
 
