@@ -3,7 +3,10 @@
 opened      the score reached `threshold` and stayed for `min_length_s`; once a moment
 updated     every `update_s` while it lasts
 highlight   a peak is behind us: the score has fallen `prominence` below it
-closed      the score was below `threshold - hysteresis` for longer than `min_gap_s`; the end is where it fell
+closed      the score was below the lower threshold for longer than `min_gap_s`; the end is where it fell
+
+The lower threshold keeps a moment whose score stays near `threshold` from flickering: it lies `hysteresis` below. One
+that rose well above, by twice the hysteresis, cannot flicker there, and ends at the threshold itself.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ class MomentOptions:
     """How scores become moments. The defaults serve every query."""
 
     threshold: float = 0.5  # a moment opens at this score, (0, 1]
-    hysteresis: float = 0.1  # and ends below threshold - hysteresis, so that it does not flicker
+    hysteresis: float = 0.1  # and ends so far below, or less where its peak stands out: it does not flicker
     min_length_s: float = 0.0  # a shorter one is never told; opening waits for this long
     min_gap_s: float = 2.0  # a dip shorter than this does not end a moment; closing waits for this long
     update_s: float = 5.0  # between two updates of an open moment
@@ -43,8 +46,6 @@ class Tracker:
     def __init__(self, stream: str, query: str, hop_ns: int, options: MomentOptions) -> None:
         self.options = options
         self._stream, self._query, self._hop_ns = stream, query, hop_ns
-        # Never 0, which no score falls below: a moment must be able to end.
-        self._low = max(options.threshold - options.hysteresis, options.threshold / 2)
         self.reset()
 
     def reset(self) -> None:
@@ -104,12 +105,19 @@ class Tracker:
 
     def _is_over(self, score: float, now_ns: int, until_ns: int) -> bool:
         """True once the score has been low for longer than the gap that a moment may have."""
-        if score >= self._low:
+        assert self._moment is not None
+        if score >= self._low(self._moment.score):
             self._fell_ns = None
             return False
         if self._fell_ns is None:
             self._fell_ns = now_ns
         return until_ns - self._fell_ns > self.options.min_gap_s * NS
+
+    def _low(self, peak: float) -> float:
+        """The lower threshold of a moment that rose to `peak`."""
+        o = self.options
+        # Never 0, which no score falls below: a moment must be able to end.
+        return max(min(o.threshold, peak - 2 * o.hysteresis), o.threshold - o.hysteresis, o.threshold / 2)
 
     def _highlight(self, score: float, centre_ns: int) -> list[Change]:
         """Peaks of the score inside a moment: a zigzag whose legs are at least `prominence` long."""
