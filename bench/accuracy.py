@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="with --features: the trained model")
     parser.add_argument("--split", default="test", metavar="NAME", help="with --features: which (default test)")
     parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
+    parser.add_argument("--zero-shot", action="store_true", help="leave the engine's trained head out, at any --hop")
     parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
     parser.add_argument(
         "--threshold", type=float, default=MomentOptions.threshold, metavar="P", help="score that opens a moment"
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     hop_ns, options = hop_from_seconds(args.hop), MomentOptions(threshold=args.threshold)
     if args.out:
         check_writable(args.out)
-    engine, console = Engine(args.engine), Console(stderr=True, highlight=False)
+    engine, console = Engine(args.engine, zero_shot=args.zero_shot), Console(stderr=True, highlight=False)
     videos = {vid: _find(args.videos, vid) for vid in dict.fromkeys(truth.vid for truth in truths)}
     watched: list[Watched] = []
     rows: list[dict[str, Any]] = []

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=int, default=120, help="how long to measure (default 120)")
     parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
     parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
+    parser.add_argument("--zero-shot", action="store_true", help="leave the engine's trained head out, at any --hop")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies as a histogram")
 
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--seconds must be at least 5, got {args.seconds}")
     if args.plot:
         check_writable(args.plot)
-    engine, console = Engine(args.engine), Console(stderr=True, highlight=False)
+    engine, console = Engine(args.engine, zero_shot=args.zero_shot), Console(stderr=True, highlight=False)
     timings, delivered = measure(engine, hop_ns, args.seconds, console)
     result = summarise(timings, delivered)
     _print(Console(highlight=False), result)

@@ -60,11 +60,12 @@ class Engine:
         BundleError: the bundle is missing, damaged, or made for another target.
     """
 
-    def __init__(self, folder: Path = EMBEDDED, *, threads: int = 0) -> None:
+    def __init__(self, folder: Path = EMBEDDED, *, threads: int = 0, zero_shot: bool = False) -> None:
         """
         Args:
             folder: the bundle.
             threads: for one operator; 0 leaves the choice to ONNX Runtime (one per core).
+            zero_shot: leave a trained head out: what remains serves any hop.
         """
         self.manifest: Manifest = load_manifest(folder)
         if self.manifest.target != "onnxruntime":
@@ -72,7 +73,8 @@ class Engine:
         try:
             self._image, self._text = (Graph(folder / name, threads=threads) for name in ("image.onnx", "text.onnx"))
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            shape, files = self.manifest.head, ("video.onnx", "query.onnx", "head.onnx")
+            shape = None if zero_shot else self.manifest.head
+            files = ("video.onnx", "query.onnx", "head.onnx")
             self.head = Head(shape, *(Graph(folder / name, threads=threads) for name in files)) if shape else None
         except Exception as error:  # both libraries raise bare Exception for a file they cannot read
             line = str(error).splitlines()[0]

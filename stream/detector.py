@@ -49,7 +49,7 @@ class Detector:
         if engine.head and round(engine.head.shape.hop_s * NS) != hop_ns:
             raise InputError(
                 f"this engine was trained at a hop of {engine.head.shape.hop_s:g} s and serves no other: "
-                f"give --hop {engine.head.shape.hop_s:g}, not {hop_ns / NS:g}"
+                f"give --hop {engine.head.shape.hop_s:g}, not {hop_ns / NS:g}, or --zero-shot, which takes any"
             )
         self._engine, self._stream, self._hop_ns = engine, stream, hop_ns
         self._calibration = Calibration(**engine.manifest.calibration)

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-q", "--query", action="append", default=[], metavar="TEXT", help="what to wait for; may be repeated"
     )
     parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
+    parser.add_argument("--zero-shot", action="store_true", help="leave the engine's trained head out, at any --hop")
     parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
     parser.add_argument(
         "--threshold", type=float, default=MomentOptions.threshold, metavar="P", help="score that opens a moment"
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out and args.out != "-" else None
     if out:
         check_writable(out, source=source.path)
-    engine = Engine(args.engine)
+    engine = Engine(args.engine, zero_shot=args.zero_shot)
     queries = list({query.id: query for query in (make_query(engine, text) for text in args.query)}.values())
     # Results on stdout leave stderr to the people.
     console = Terminal(stderr=args.out == "-", highlight=False)

@@ -17,7 +17,7 @@ from kernels.preprocess import crop
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine()
+    return Engine(zero_shot=True)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine()
+    return Engine(zero_shot=True)
 
 
 def events_of(video: Path, engine: Engine, pace: Literal["real", "max"], sockets: Sockets | None = None) -> list[Event]:

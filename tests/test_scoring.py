@@ -174,7 +174,9 @@ def test_choices_weigh_seen_and_unseen_queries_alike(dataset: Dataset) -> None:
     samples = dataset.samples["test"]
     unseen = [sample.query in dataset.unseen for sample in samples]
     assert 0 < sum(unseen) < len(samples) / 2
-    scores = [sample.inside * (1.0 if new else -1.0) for sample, new in zip(samples, unseen, strict=True)]
+    scores = [
+        sample.inside.astype(np.float64) * (1.0 if new else -1.0) for sample, new in zip(samples, unseen, strict=True)
+    ]
     kinds = [[i for i, new in enumerate(unseen) if new is kind] for kind in (False, True)]
     expected = [mean_ap([samples[i] for i in kind], [scores[i] for i in kind]) for kind in kinds]
     assert balanced_ap(dataset, samples, scores) == pytest.approx(np.mean(expected))
