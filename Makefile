@@ -2,6 +2,7 @@
 #   make demo     a live stream on loopback, three text queries, moments in the terminal (about a minute)
 #   make test     style, types and tests
 #   make lite     build the embedded engine bundle again (kernels/bundles/lite)
+#   make head     train the head of lite: splices, features, training, bundle (about an hour on 2 cores)
 #   make splices  make the long streams with known moments that the README's accuracy is measured on, and score them
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ APT := python3-dev python3-venv gcc pkg-config libcairo2-dev libgirepository1.0-
 	gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly \
 	gstreamer1.0-libav gstreamer1.0-rtsp
 
-.PHONY: demo test lite splices system clean
+.PHONY: demo test lite head splices system clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
@@ -28,6 +29,20 @@ test: $(VENV)/.dev
 
 lite: $(VENV)/.dev
 	$(BIN)/python -m kernels.build
+
+SPLICES := -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --seconds 330
+HEAD := $(OUT)/head
+head: $(VENV)/.dev
+	$(BIN)/python $(SPLICES) --out $(HEAD)/train --split train --streams 40 --seed 1 --captions 3 --fillers --things --assume-absent
+	$(BIN)/python $(SPLICES) --out $(HEAD)/val --split val --streams 8 --seed 2 --things
+	$(BIN)/python $(SPLICES) --out $(HEAD)/test --split test --streams 12 --seed 3
+	for split in train val test; do \
+		$(BIN)/livemoments extract --videos $(HEAD)/$$split --annotations $(HEAD)/$$split/splices.jsonl --out $(HEAD)/features; done
+	$(BIN)/livemoments train --features $(HEAD)/features --train $(HEAD)/train/splices.jsonl --val $(HEAD)/val/splices.jsonl \
+		--out $(HEAD)/run --depth 1 --width 128 --window 16 --length 80 --crops 4 --queries 8 --piece 8 --align 300 \
+		--epochs 4 --dropout 0.5 --weight-saliency 1 --weight-video 1 --zero-shot 0.15
+	$(BIN)/python -m kernels.build --checkpoint $(HEAD)/run/best.safetensors
+	$(BIN)/livemoments bench accuracy --streams $(HEAD)/test/splices.jsonl --videos $(HEAD)/test
 
 splices: $(VENV)/.dev
 	$(BIN)/python -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --out $(OUT)/splices

@@ -129,7 +129,7 @@ def _measure(args: argparse.Namespace, variant: Variant, seed: int, console: Con
     if not tested.exists():
         streams = ["--streams", str(args.streams)] if args.suite == "lite" else []
         command = ["bench", "accuracy", *data[:2], *streams, "--checkpoint", str(out / "best.safetensors")]
-        command += ["--out", str(out / "queries.jsonl")]
+        command += ["--out", str(out / "queries.jsonl"), "--whole"]
         write(tested, _call(command, out.with_suffix(".test.log")).strip().splitlines()[-1])
         console.print(f"{variant.name}, seed {seed}: tested")
     result: dict[str, Any] = json.loads(tested.read_text())

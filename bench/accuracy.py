@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in place of videos: features of the tvstream form, or of `livemoments extract` with --streams",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="with --features: the trained model")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="with --features: whole recordings at once, not window by window: the same scores to 1e-4, sooner",
+    )
     parser.add_argument("--split", default="test", metavar="NAME", help="with --features: which (default test)")
     parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
     parser.add_argument("--zero-shot", action="store_true", help="leave the engine's trained head out, at any --hop")

@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
         trained = frozenset(provenance.notes.get("queries", ()))
         dataset = dataclasses.replace(dataset, unseen=frozenset(s.query for s in samples) - trained)
     calibration = Calibration(**provenance.calibration)
-    if model.config.mode == "causal":
+    if model.config.mode == "causal" and not args.whole:
         scores = streamed(model, dataset, samples, console)
-    else:  # it sees ahead: there is no live stream that it could stand for
+    else:  # mode clip sees ahead: there is no live stream that it could stand for
         scores = list(saliencies(model, dataset, samples, provenance.notes["config"]["length"]))
     rows = {"trained": measures(dataset, samples, scores, calibration)}
     aps = {"trained": frame_aps(samples, scores)}

@@ -34,6 +34,7 @@ from models.r2 import R2
 
 MAX_BYTES = 45_000_000  # of a bundle: it travels with the project
 # Chosen on simulated streams of photos and clips, see README; the default threshold 0.5 is a z of `centre`.
+HEAD = {"package": "livemoments", "version": importlib.metadata.version("livemoments"), "licence": "Apache-2.0"}
 CALIBRATION = {"floor": FLOOR, "centre": 3.0, "slope": 1.5}
 # int8 in blocks holds the text tower to 0.9990 on the worst of 5,000 texts, where one scale per channel falls to
 # 0.9986; int8 convolutions fall to 0.996, so those stay fp16. A head's weights are small, and some lie behind a
@@ -181,7 +182,7 @@ def _manifest(folder: Path, engines: list[str], trained: Trained | None) -> Mani
         precision={name: ", ".join(f"{op} {kind}" for op, kind in PRECISION[name].items()) for name in engines},
         parity={},
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")},
-        sources=[*sources, {"head": trained.source}] if trained else sources,
+        sources=[*sources, HEAD | {"trained": trained.source}] if trained else sources,
         files=describe_files(folder),
         head=trained.shape if trained else None,
     )

@@ -68,7 +68,7 @@ def test_a_damaged_bundle_is_refused_in_one_line(bundle: Path, damage: Callable[
 
 
 def test_an_intact_copy_loads(bundle: Path) -> None:
-    assert load_manifest(bundle).model == "lite"
+    assert load_manifest(bundle).model == "lite and R2"
 
 
 def test_a_batch_gives_what_single_calls_give(engine: Engine) -> None:

@@ -85,7 +85,8 @@ def test_every_class_that_goes_with_people_exists() -> None:
 def test_the_bundle_is_small_and_says_where_it_comes_from() -> None:
     manifest = load_manifest(EMBEDDED)
     assert sum(f["bytes"] for f in manifest.files.values()) <= 40e6
-    assert {source["package"] for source in manifest.sources} == set(build.LICENCES)
+    assert {source["package"] for source in manifest.sources} == {*build.LICENCES, "livemoments"}
+    assert "livemoments train" in manifest.sources[-1]["trained"], "the head says how it was made"
     assert min(manifest.parity.values()) >= 0.999
     notice = (Path(__file__).parent.parent / "NOTICE").read_text()
     assert all(name in notice for name in build.LICENCES)

@@ -246,6 +246,8 @@ def test_bench_accuracy_scores_other_folders_window_by_window(
     for folder, kinds in ((features, {"seen", "unseen"}), (other, {"unseen"})):
         assert main(["bench", "accuracy", "--features", str(folder), "--checkpoint", best]) == 0
         told = result(capsys)
+        assert main(["bench", "accuracy", "--features", str(folder), "--checkpoint", best, "--whole"]) == 0
+        assert result(capsys)["trained"]["frame_ap"] == pytest.approx(told["trained"]["frame_ap"], abs=1e-3)
         assert told["split"] == "test"
         assert {kind for kind in ("seen", "unseen") if f"frame_ap_{kind}" in told["trained"]} == kinds
         assert told["trained"]["frame_ap"] > 0.3 and told["zero-shot"]["frame_ap"] > 0.3
