@@ -1,7 +1,7 @@
 # Everything a fresh Debian machine needs comes with these targets: system packages by apt, the rest by pip into .venv.
 #   make demo     a live stream on loopback, three text queries, moments in the terminal (about a minute)
 #   make test     style, types and tests
-#   make lite     build the embedded engine bundle again (kernels/bundles/lite)
+#   make lite     build the engine bundle without a trained head (out/lite); `make head` builds the embedded one
 #   make head     train the head of lite: splices, features, training, bundle (about an hour on 2 cores)
 #   make splices  make the long streams with known moments that the README's accuracy is measured on, and score them
 
@@ -28,7 +28,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest
 
 lite: $(VENV)/.dev
-	$(BIN)/python -m kernels.build
+	$(BIN)/python -m kernels.build --out $(OUT)/lite
 
 SPLICES := -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --seconds 330
 HEAD := $(OUT)/head
@@ -46,7 +46,7 @@ head: $(VENV)/.dev
 
 splices: $(VENV)/.dev
 	$(BIN)/python -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --out $(OUT)/splices
-	$(BIN)/livemoments bench accuracy --streams $(OUT)/splices/splices.jsonl --videos $(OUT)/splices
+	$(BIN)/livemoments bench accuracy --zero-shot --streams $(OUT)/splices/splices.jsonl --videos $(OUT)/splices
 
 # pip builds PyGObject against the system's GStreamer, so the system packages come first.
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | system

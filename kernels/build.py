@@ -191,10 +191,13 @@ def _manifest(folder: Path, engines: list[str], trained: Trained | None) -> Mani
 def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="python -m kernels.build", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder of the bundle (default: the embedded one)")
+    parser.add_argument("--out", type=Path, help="folder of the bundle (with --checkpoint by default the embedded one)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained head, to go with it")
     args, console = parser.parse_args(), Console(stderr=True)
     try:
+        if args.out is None and args.checkpoint is None:
+            raise BundleError("without --checkpoint the embedded engine would lose its trained head: give --out DIR")
+        args.out = args.out or EMBEDDED
         manifest = build(args.out, console, args.checkpoint)
     except (LivemomentsError, ModelError) as error:
         console.print(f"error: {error}", highlight=False, soft_wrap=True)
