@@ -197,6 +197,7 @@ def test_two_processes_train_one_model(features: Path, tmp_path: Path) -> None:
         (["--resume"], "holds no run to resume"),
         (["--align", "5", "--mode", "clip"], "--align is for causal models"),
         (["--piece", "1"], "--piece must be 0, or at least 2"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--weight-focal", "nan"], "--weight-focal must be at least 0"),
         (["--crops", "4000", "--lr", "1e9", "--clip-norm", "1e9"], "lower --lr"),
@@ -219,6 +220,9 @@ def test_a_finished_run_is_not_overwritten_and_not_resumed_with_other_options(
     assert "holds a run: go on with --resume" in capsys.readouterr().err
     assert train(features, tmp_path / "run", "--epochs", "2", "--resume") == 2
     assert "was made with other options (epochs)" in capsys.readouterr().err
+    other = make_tvstream(tmp_path / "other", seed=1)
+    assert train(other, tmp_path / "run", "--epochs", "1", "--resume") == 2
+    assert "was made with other options (features)" in capsys.readouterr().err
     assert (tmp_path / "run" / "best.safetensors").read_bytes() == before
 
 

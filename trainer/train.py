@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +35,8 @@ from models.errors import ModelError
 from models.mlrl import Mlrl, MlrlConfig, check_collapse
 from models.r2 import R2
 from models.r2_types import R2Config
+from stream.output import check_folder
+from trainer import run_state
 from trainer.batches import Batch, Cutter, groups
 from trainer.config import TrainConfig, add_options, from_arguments
 from trainer.dataset import Dataset
@@ -77,11 +78,7 @@ def run(args: argparse.Namespace) -> int:
 def train(config: TrainConfig, args: argparse.Namespace) -> int:
     # ---------------------------------------------------------------------------------------------- data and processes
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = (
-        torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
-        if args.device == "cuda"
-        else torch.device(args.device)
-    )
+    device = _device(args.device)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     console = Console(stderr=True, highlight=False, quiet=rank > 0)
@@ -93,7 +90,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
             if not args.resume
             else f"{out} holds no run to resume"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     dataset = open_dataset(args)
     samples, val = dataset.samples["train"], dataset.samples["val"]
     truths = [truth for sample in val for truth in sample.scored()[1].tolist()]
@@ -109,6 +106,12 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     if (teacher is not None) != (config.distil > 0):
         raise InputError("--teacher and --distil belong together")
     mlrl = Mlrl(model, MlrlConfig(inputs=config.inputs)).to(device) if config.refine != "no" else None
+    if teacher and [teacher.config.video_width, teacher.config.text_width, teacher.config.depth] != [
+        model.config.video_width,
+        model.config.text_width,
+        model.config.depth,
+    ]:
+        raise InputError(f"{args.teacher} reads other features than the student: {teacher.config}")
     trainee = Trainee(model, config, mlrl, teacher)
     trained = [weight for weight in trainee.parameters() if weight.requires_grad]
     if mlrl is not None:
@@ -128,19 +131,16 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     plan = [(phase, long) for phase, times, long in counts for _ in range(times)]
 
     # ---------------------------------------------------------------------------------------------- where it stands
-    done, best, history = 0, -math.inf, list[dict[str, float]]()
+    made_with, so_far = run_state.inputs(config, args, world), run_state.Progress(0, -math.inf, [])
     if args.resume:
-        state = _load_state(state_path, config)
-        trainee.load_state_dict(state["trainee"])
-        optimiser.load_state_dict(state["optimiser"])
-        done, best, history = state["done"], state["best"], state["history"]
-    writer = SummaryWriter(str(out / "log"), purge_step=done + 1) if rank == 0 else None
+        so_far = run_state.load(state_path, made_with, trainee, optimiser)
+    writer = SummaryWriter(str(out / "log"), purge_step=so_far.done + 1) if rank == 0 else None
 
     # ---------------------------------------------------------------------------------------------- epochs
     with _progress(console) as progress:
         every = [number for _, number in plan]
-        bar = progress.add_task("training", total=sum(every), completed=sum(every[:done]), note="")
-        for number, (phase, _) in list(enumerate(plan))[done:]:
+        bar = progress.add_task("training", total=sum(every), completed=sum(every[: so_far.done]), note="")
+        for number, (phase, _) in list(enumerate(plan))[so_far.done :]:
             mine = [place for place, (name, _) in enumerate(plan) if name == phase]
             if number == mine[0]:
                 optimiser.state.clear()  # the moments of another loss
@@ -179,17 +179,18 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                 raise InputError(f"the weights are no numbers after epoch {number + 1}: lower --lr")
             if phase == "train":
                 row["val_ap"] = balanced_ap(dataset, val, _scores(model, dataset, config))
-            history.append({"epoch": number + 1, **row})
+            so_far.done = number + 1
+            so_far.history.append({"epoch": number + 1, **row})
             if writer:
                 for name, value in row.items():
                     writer.add_scalar(f"{phase}/{name}", value, number + 1)
                 writer.flush()
-                provenance = _provenance(config, dataset, history)
-                if phase == "train" and row["val_ap"] > best:
-                    best = row["val_ap"]
+                provenance = _provenance(config, dataset, so_far.history)
+                if phase == "train" and row["val_ap"] > so_far.best:
+                    so_far.best = row["val_ap"]
                     save_checkpoint(out / "best.safetensors", model, provenance)
                 save_checkpoint(out / "last.safetensors", model, provenance)
-                _save_state(state_path, config, trainee, optimiser, number + 1, best, history)
+                run_state.save(state_path, made_with, trainee, optimiser, so_far)
             told = " ".join(f"{name} {value:.3f}" for name, value in row.items())
             progress.console.print(f"epoch {number + 1}/{len(plan)}, {phase}: {told}", soft_wrap=True)
 
@@ -251,6 +252,17 @@ def _scores(model: R2, dataset: Dataset, config: TrainConfig) -> list[NDArray[np
     return scores
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch was built without it, or has never heard of it
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to 0."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
@@ -289,39 +301,6 @@ def _provenance(config: TrainConfig, dataset: Dataset, history: list[dict[str, f
         "unseen": sorted(dataset.unseen),
     }
     return Provenance("livemoments " + " ".join(sys.argv[1:]), dataset.backbone, dataset.hop_s, notes)
-
-
-def _save_state(
-    path: Path,
-    config: TrainConfig,
-    trainee: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    done: int,
-    best: float,
-    history: Any,
-) -> None:
-    state = {
-        "config": dataclasses.asdict(config),
-        "trainee": trainee.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "done": done,
-        "best": best,
-        "history": history,
-    }
-    scratch = path.with_suffix(".part")
-    torch.save(state, scratch)
-    scratch.replace(path)
-
-
-def _load_state(path: Path, config: TrainConfig) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file raises anything from EOFError to UnpicklingError
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if state["config"] != dataclasses.asdict(config):
-        odd = [name for name, value in dataclasses.asdict(config).items() if state["config"].get(name) != value]
-        raise InputError(f"{path} was made with other options ({', '.join(odd)}): resume with the same")
-    return state
 
 
 def _progress(console: Console) -> Progress:
