@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if not any(len(sample.windows) for sample in samples):
         raise InputError(f"{args.features}: no query of the split {args.split!r} comes true: nothing to score")
     _check_fits(model, dataset, samples[0], args.checkpoint)
-    if dataset.unseen != frozenset(provenance.notes.get("unseen", ())):  # it was not trained on this folder
+    kept_out = frozenset(provenance.notes.get("unseen", ()))
+    if not kept_out or dataset.unseen != kept_out:  # it was not trained on this folder
         trained = frozenset(provenance.notes.get("queries", ()))
         dataset = dataclasses.replace(dataset, unseen=frozenset(s.query for s in samples) - trained)
     calibration = Calibration(**provenance.calibration)

@@ -254,9 +254,7 @@ def _scores(model: R2, dataset: Dataset, config: TrainConfig) -> list[NDArray[np
 
 def _device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch was built without it, or has never heard of it
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
