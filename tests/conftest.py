@@ -1,8 +1,10 @@
 """Fixtures that many tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.lite import ImageTower, QueryTower
 from models.lite_packages import towers
@@ -22,3 +24,12 @@ def shared_data() -> Path:
 def lite_towers() -> tuple[ImageTower, QueryTower]:
     """The towers of lite in torch, made once: it takes seconds."""
     return towers()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tensors so small that threads only wait for each other, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -14,7 +14,8 @@ from models.graphs import Graph, graphs, step_axes, step_columns, step_inputs
 from models.r2 import R2
 from models.r2_types import VideoMaps
 from tests.test_r2 import Recording, Texts, ask, build, forward, record
-from tests.test_r2 import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WINDOW = 3
 Arrays = dict[str, np.ndarray]

@@ -1,7 +1,6 @@
 """Each loss against loops over its definition."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,12 +23,7 @@ from trainer.losses import (
 ROWS, WINDOWS = 4, 24
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def targets(seed: int = 0) -> Targets:

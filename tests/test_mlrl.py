@@ -1,6 +1,5 @@
 """MLRL: nothing hidden reaches the student, nothing but clean inputs reaches the teacher, and a collapse is noticed."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -21,13 +20,7 @@ VIDEO, TEXT = 12, 10
 MODES = ("clip", "causal")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(mode: Any, *, dropout: float = 0.0, depth: int = 2) -> R2:

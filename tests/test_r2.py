@@ -1,6 +1,5 @@
 """The causal R2: `forward`, `prefill` and `step` say the same, which is what a plain slow reference says."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -21,13 +20,7 @@ VIDEO, TEXT = 24, 20
 MILLION = 10**6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that threads only wait for each other, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(mode: Any = "causal", *, seed: int = 0, **shape: Any) -> R2:

@@ -19,7 +19,8 @@ from models.published import from_published, load_published, to_causal
 from models.r2 import R2
 from models.r2_types import ClipOutputs, R2Config
 from tests.test_r2 import build, record
-from tests.test_r2 import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Tensors = dict[str, Tensor]
 
