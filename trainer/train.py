@@ -100,22 +100,19 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
         dataset = dataset.last_layers(config.depth)
 
     # ---------------------------------------------------------------------------------------------- model and optimiser
-    seed_all(config.seed)
+    torch.manual_seed(config.seed)
     model = build(config, dataset, args.init).to(device)
     teacher = load_checkpoint(args.teacher, mode="clip")[0].to(device).requires_grad_(False) if args.teacher else None
     if (teacher is not None) != (config.distil > 0):
         raise InputError("--teacher and --distil belong together")
     mlrl = Mlrl(model, MlrlConfig(inputs=config.inputs)).to(device) if config.refine != "no" else None
-    if teacher and [teacher.config.video_width, teacher.config.text_width, teacher.config.depth] != [
-        model.config.video_width,
-        model.config.text_width,
-        model.config.depth,
-    ]:
-        raise InputError(f"{args.teacher} reads other features than the student: {teacher.config}")
+    reads = [(c.video_width, c.text_width, c.depth) for c in (model.config, (teacher or model).config)]
+    if reads[0] != reads[1]:
+        raise InputError(
+            f"{args.teacher} reads other features (widths and layers {reads[1]}) than the student ({reads[0]})"
+        )
     trainee = Trainee(model, config, mlrl, teacher)
     trained = [weight for weight in trainee.parameters() if weight.requires_grad]
-    if mlrl is not None:
-        trained = list(dict.fromkeys([*(w for w in model.parameters() if w.requires_grad), *mlrl.trained()]))
     optimiser = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     # Some weights have no gradient: of W_v's bias never, of the heads while MLRL refines.
     stepped: nn.Module = DistributedDataParallel(trainee, find_unused_parameters=True) if world > 1 else trainee
@@ -146,7 +143,7 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
                 optimiser.state.clear()  # the moments of another loss
             # The seeds of an epoch depend on nothing that went before, so that a resumed run draws the same.
             rng = np.random.default_rng((config.seed, number))
-            seed_all(config.seed + 1000 * (number + 1) + rank)
+            torch.manual_seed(config.seed + 1000 * (number + 1) + rank)
             generator = torch.Generator(device).manual_seed(config.seed + 1000 * (number + 1) + rank)
             losses: dict[str, list[float]] = defaultdict(list)
             trainee.train()
@@ -265,10 +262,6 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to 0."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     return config.lr * warm * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
-
-
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
 
 
 def _crops(dataset: Dataset, config: TrainConfig, rng: np.random.Generator, rank: int, world: int) -> Iterator[Batch]:
