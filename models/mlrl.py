@@ -178,10 +178,6 @@ class Mlrl(nn.Module):
         self.teacher.eval()
         return self
 
-    def trained(self) -> list[nn.Parameter]:
-        """What the optimiser gets besides the student's own parameters."""
-        return [weight for weight in self.parameters() if weight.requires_grad]
-
     def loss(
         self,
         model: R2,
