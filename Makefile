@@ -33,11 +33,13 @@ lite: $(VENV)/.dev
 SPLICES := -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --seconds 330
 HEAD := $(OUT)/head
 head: $(VENV)/.dev
+	rm -rf $(HEAD)
 	$(BIN)/python $(SPLICES) --out $(HEAD)/train --split train --streams 40 --seed 1 --captions 3 --fillers --things --assume-absent
 	$(BIN)/python $(SPLICES) --out $(HEAD)/val --split val --streams 8 --seed 2 --things
 	$(BIN)/python $(SPLICES) --out $(HEAD)/test --split test --streams 12 --seed 3
 	for split in train val test; do \
-		$(BIN)/livemoments extract --videos $(HEAD)/$$split --annotations $(HEAD)/$$split/splices.jsonl --out $(HEAD)/features; done
+		$(BIN)/livemoments extract --videos $(HEAD)/$$split --annotations $(HEAD)/$$split/splices.jsonl --depth 1 --out $(HEAD)/features \
+			|| exit 1; done
 	$(BIN)/livemoments train --features $(HEAD)/features --train $(HEAD)/train/splices.jsonl --val $(HEAD)/val/splices.jsonl \
 		--out $(HEAD)/run --depth 1 --width 128 --window 16 --length 80 --crops 4 --queries 8 --piece 8 --align 300 \
 		--epochs 4 --dropout 0.5 --weight-saliency 1 --weight-video 1 --zero-shot 0.15

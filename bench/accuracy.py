@@ -113,7 +113,14 @@ def run(args: argparse.Namespace) -> int:
     _print(Console(highlight=False), watched, result, hop_ns / NS)
     if args.plot:
         plot_queries(watched, hop_ns / NS, options.threshold, args.plot)
-    print(json.dumps(result | {"engine": engine.manifest.model, "hop_s": hop_ns / NS} | environment(), allow_nan=False))
+    print(
+        json.dumps(
+            result
+            | {"engine": engine.manifest.model, "zero_shot": engine.head is None, "hop_s": hop_ns / NS}
+            | environment(),
+            allow_nan=False,
+        )
+    )
     return 0
 
 

@@ -73,7 +73,13 @@ def run(args: argparse.Namespace) -> int:
     _print(Console(highlight=False), result)
     if args.plot:
         plot_latency(timings.total.values() / 1e6, np.asarray(delivered) / 1e6, args.plot)
-    print(json.dumps(result | {"queries": len(QUERIES), "size": list(SIZE), "hop_s": args.hop} | environment()))
+    print(
+        json.dumps(
+            result
+            | {"queries": len(QUERIES), "size": list(SIZE), "hop_s": args.hop, "zero_shot": engine.head is None}
+            | environment()
+        )
+    )
     return 0
 
 

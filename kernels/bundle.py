@@ -98,6 +98,13 @@ def load_manifest(folder: Path) -> Manifest:
     except TypeError as error:
         problem = str(error).partition("__init__() ")[2] or str(error)
         raise BundleError(f"{folder}/manifest.json is damaged: {problem}; build it again") from None
+    sound = isinstance(manifest.files, dict) and all(
+        isinstance(file, dict) and {"sha256", "bytes"} <= file.keys() for file in manifest.files.values()
+    )
+    numbers = [*manifest.calibration.values()] if isinstance(manifest.calibration, dict) else [None]
+    numbers += list(asdict(manifest.head).values()) if manifest.head else []
+    if not sound or not {"floor", "centre", "slope"} <= manifest.calibration.keys() or not all(map(_number, numbers)):
+        raise BundleError(f"{folder}/manifest.json is damaged: files, calibration or head; build it again")
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -105,6 +112,10 @@ def load_manifest(folder: Path) -> Manifest:
         if _sha256(path) != expected["sha256"]:
             raise BundleError(f"engine bundle {folder} is damaged: {name} does not match its hash; build it again")
     return manifest
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _sha256(path: Path) -> str:

@@ -86,7 +86,7 @@ class Engine:
     def embed_crops(self, crops: Pixels) -> Images:
         """crops (N, size, size, 3) uint8 RGB."""
         found = self._image(crops=crops)
-        return Images(found["pooled"], found.get("layers"))
+        return Images(found["pooled"], found.get("layers") if self.head else None)
 
     def embed_frames(self, frames: Sequence[Pixels]) -> Images:
         """frames: (H, W, 3) uint8 RGB each, of any sizes."""

@@ -13,7 +13,7 @@ from stream.types import Event, Query
 from stream.websocket import Server
 from stream.zeromq import Publisher
 
-MAX_QUERIES = 1000  # in all, so that no client can fill the memory; each costs some kilobytes, with a head a megabyte
+MAX_QUERIES = 1000  # in all, so that no client can fill the memory; each costs some kilobytes, with a head some hundred
 
 
 class Sockets:

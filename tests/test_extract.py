@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -144,6 +145,22 @@ def test_features_are_those_of_the_live_detector(tmp_path: Path, clip: Path) -> 
             pooled = detector.features(window).pooled
             np.testing.assert_allclose(embedding[window.index], pooled, rtol=2e-3, atol=1e-5)
             np.testing.assert_array_equal(layers[window.index, 0, 0], embedding[window.index])
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (640, 360)])
+def test_colours_without_a_tag_are_those_of_the_live_path(tmp_path: Path, size: tuple[int, int]) -> None:
+    """HD is BT.709 and SD is BT.601 where a file does not say; the other one turns this green visibly."""
+    path = tmp_path / "flat.mp4"
+    pixels = np.full((size[1], size[0], 3), (40, 160, 70), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for _ in range(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    live = next(iter(opened(path, NS))).pixels[100, 100].astype(int)
+    own = next(iter(watch(path, NS, resize=64, size=64))).frames[0].pixels[20, 20].astype(int)
+    assert np.abs(live - own).max() <= 3
 
 
 def test_texts_are_kept_without_padding_as_the_backbone_reads_them(tmp_path: Path, clip: Path) -> None:

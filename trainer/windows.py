@@ -8,6 +8,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import Colorspace
 from numpy.typing import NDArray
 
 from kernels.errors import SourceError
@@ -17,6 +18,8 @@ from stream.clock import Sampler, StreamClock, slot_of
 from stream.types import NS, Frame, Window
 from stream.window import Windower
 
+UNTAGGED = 2  # of FFmpeg's AVColorSpace
+SD_LINES = 576  # more are HD
 Halves = NDArray[np.float16]
 Floats = NDArray[np.float32]
 
@@ -115,5 +118,8 @@ def _run(frames: list[Frame], backbone: Backbone, device: torch.device) -> list[
 
 def _upright(frame: Any) -> NDArray[np.uint8]:
     """(H, W, 3) RGB, turned as the file says it is to be shown."""
-    pixels = frame.to_ndarray(format="rgb24")
+    # Without a tag GStreamer, and so the live path, takes HD for BT.709, FFmpeg for BT.601.
+    untagged_hd = frame.colorspace == UNTAGGED and frame.height > SD_LINES
+    colours = Colorspace.ITU709 if untagged_hd else None
+    pixels = frame.reformat(format="rgb24", src_colorspace=colours).to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))
