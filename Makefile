@@ -2,6 +2,7 @@
 #   make demo     a live stream on loopback, three text queries, moments in the terminal (about a minute)
 #   make test     style, types and tests
 #   make lite     build the engine bundle without a trained head (out/lite); `make head` builds the embedded one
+#   make gpu-check  on a machine with an NVIDIA GPU: kernels and engines against their references, and how fast they are
 #   make head     train the head of lite: splices, features, training, bundle (about an hour on 2 cores)
 #   make splices  make the long streams with known moments that the README's accuracy is measured on, and score them
 
@@ -11,12 +12,12 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data
 OUT ?= out
 
-APT := python3-dev python3-venv gcc pkg-config libcairo2-dev libgirepository1.0-dev \
+APT := python3-dev python3-venv gcc g++ pkg-config libcairo2-dev libgirepository1.0-dev \
 	gir1.2-gstreamer-1.0 gir1.2-gst-plugins-base-1.0 gir1.2-gst-rtsp-server-1.0 gstreamer1.0-tools \
 	gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly \
 	gstreamer1.0-libav gstreamer1.0-rtsp
 
-.PHONY: demo test lite head splices system clean
+.PHONY: demo test lite head splices gpu-check system clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
@@ -28,7 +29,11 @@ test: $(VENV)/.dev
 	$(BIN)/pytest
 
 lite: $(VENV)/.dev
-	$(BIN)/python -m kernels.build --out $(OUT)/lite
+	$(BIN)/livemoments build-engine --model lite --out $(OUT)/lite
+
+gpu-check: $(VENV)/.dev
+	if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install --quiet --editable ".[gpu]"; fi
+	$(BIN)/python -m bench.gpu
 
 SPLICES := -m trainer.splices --clips $(DATA)/clips --photos $(DATA)/photos --seconds 330
 HEAD := $(OUT)/head
@@ -43,7 +48,7 @@ head: $(VENV)/.dev
 	$(BIN)/livemoments train --features $(HEAD)/features --train $(HEAD)/train/splices.jsonl --val $(HEAD)/val/splices.jsonl \
 		--out $(HEAD)/run --depth 1 --width 128 --window 16 --length 80 --crops 4 --queries 8 --piece 8 --align 300 \
 		--epochs 4 --dropout 0.5 --weight-saliency 1 --weight-video 1 --zero-shot 0.15
-	$(BIN)/python -m kernels.build --checkpoint $(HEAD)/run/best.safetensors
+	$(BIN)/livemoments build-engine --checkpoint $(HEAD)/run/best.safetensors --out kernels/bundles/lite
 	$(BIN)/livemoments bench accuracy --streams $(HEAD)/test/splices.jsonl --videos $(HEAD)/test
 
 splices: $(VENV)/.dev

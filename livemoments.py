@@ -25,24 +25,28 @@ def _subscribe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Cal
     return subscribe.run
 
 
+def _build_engine(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    return _with_torch("kernels.build_engine", "build", parser)
+
+
 def _import_weights(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
-    return _trainer("import_weights", parser)
+    return _with_torch("trainer.import_weights", "train", parser)
 
 
 def _extract(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
-    return _trainer("extract", parser)
+    return _with_torch("trainer.extract", "train", parser)
 
 
 def _train(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
-    return _trainer("train", parser)
+    return _with_torch("trainer.train", "train", parser)
 
 
-def _trainer(name: str, parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+def _with_torch(name: str, extra: str, parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """A command that needs torch, which the base install has not."""
     try:
-        module = importlib.import_module(f"trainer.{name}")
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise InputError(f"this needs the package {error.name}: pip install 'livemoments[train]'") from None
+        raise InputError(f"this needs the package {error.name}: pip install 'livemoments[{extra}]'") from None
     module.add_arguments(parser)
     run: Callable[[argparse.Namespace], int] = module.run
     return run
@@ -67,6 +71,7 @@ COMMANDS = {
     "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
     "extract": (_extract, "make the features of recordings and queries, once, for training"),
     "train": (_train, "train the model on features and truth: a checkpoint, a table and a picture"),
+    "build-engine": (_build_engine, "compile a backbone or a checkpoint for a CPU or a GPU, and hold it against torch"),
     "import-weights": (_import_weights, "bring published R2-Tuning weights into a checkpoint of this project"),
     "metrics": (_metrics, "score predictions against annotations, as the public benchmarks do"),
     "bench": (_bench, "measure accuracy on recorded videos and latency on a live stream"),

@@ -10,6 +10,7 @@ MEASURES = {
     "accuracy": "recorded videos through the very code of `run`, scored on what was published when",
     "latency": "glass to event on a live RTSP stream, and what each stage takes of it",
     "model": "what one window costs the model, beside the image tower and the published model",
+    "ops": "what each engine and kernel takes on this CPU, beside its reference and what the machine could do at best",
     "soak": "the memory of a detector that watches a live stream for long",
 }
 """Each is a module of this package with `add_arguments` and `run`."""

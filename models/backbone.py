@@ -12,25 +12,27 @@ Letters: N images or texts, S side of a crop, K layers, P patches, L tokens, D e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from models.clip import ClipImageTower, ClipTextTower, load_clip
+from models.clip import ClipTextTower, load_clip
 from models.errors import ModelError
 from models.lite import (
     EMBEDDING,
     FLOOR,
     IMAGE_SIZE,
     MAX_TOKENS,
+    MEAN,
     RESIZE,
+    STD,
     TAP_CHANNELS,
     ImageTower,
     QueryTower,
-    normalised,
 )
-from models.lite_packages import load_tokenizer, tokenise, towers
+from models.lite_packages import load_tokenizer, tokenise, tokenizer_file, towers
 
 LITE_SIDE = 7
 """Of the grid that the taps are pooled to."""
@@ -43,6 +45,11 @@ class Backbone:
     name: str
     image: nn.Module
     """crops (N, S, S, 3) uint8 RGB -> layers (N, K, 1+P, video_width), the deepest last, and embedding (N, D), raw."""
+    pixels: nn.Module
+    """The same from crops (N, 3, S, S), less `mean` and over `std`."""
+    mean: list[float]
+    """Of red, green and blue, which count from 0 to 255."""
+    std: list[float]
     text: nn.Module
     """ids, mask (N, L) int64 -> layers (N, K, L, text_width) and embedding (N, D + 1).
 
@@ -51,6 +58,10 @@ class Backbone:
     """
     tokenize: Callable[[Sequence[str]], tuple[Tensor, Tensor]]
     """Texts -> ids, mask (N, L); a text too long is a ModelError."""
+    tokenizer: Path
+    """The file that it comes from."""
+    context: int
+    """Tokens of the longest text."""
     resize: int
     """Pixels of the short side before the centre crop."""
     size: int
@@ -75,18 +86,30 @@ def load_backbone(name: str, depth: int = 4) -> Backbone:
     return _lite(depth) if name == "lite" else _clip(name, depth)
 
 
-class _ClipImage(nn.Module):
+class FromCrops(nn.Module):
     """Crops in place of normalised pixels, so that all backbones begin alike."""
 
-    def __init__(self, tower: ClipImageTower, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, pixels: nn.Module, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.tower = tower
-        self.mean = nn.Buffer(255 * torch.tensor(mean)[:, None, None])
-        self.std = nn.Buffer(255 * torch.tensor(std)[:, None, None])
+        self.pixels = pixels
+        # Of all colours of a row of pixels: an engine is slow where only the last axis, of three, is broadcast.
+        self.mean, self.scale = (nn.Buffer(each.repeat(side)) for each in (torch.tensor(mean), 1 / torch.tensor(std)))
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        layers, embedding = self.tower((crops.permute(0, 3, 1, 2).float() - self.mean) / self.std)
+        rows = (crops.flatten(2).float() - self.mean) * self.scale
+        layers, embedding = self.pixels(rows.reshape(crops.shape).permute(0, 3, 1, 2))
         return layers, embedding
+
+
+class _Seeing(TypedDict):
+    image: nn.Module
+    pixels: nn.Module
+    mean: list[float]
+    std: list[float]
+
+
+def _seeing(pixels: nn.Module, side: int, mean: list[float], std: list[float]) -> _Seeing:
+    return {"image": FromCrops(pixels, side, mean, std).eval(), "pixels": pixels, "mean": mean, "std": std}
 
 
 class _ClipText(nn.Module):
@@ -104,9 +127,13 @@ def _clip(source: str, depth: int) -> Backbone:
     config = clip.config
     return Backbone(
         name=source if not Path(source).is_dir() else str(Path(source).resolve()),
-        image=_ClipImage(clip.image, config.mean, config.std).eval(),
+        **_seeing(
+            clip.image, config.image_size, *([255 * value for value in each] for each in (config.mean, config.std))
+        ),
         text=_ClipText(clip.text).eval(),
         tokenize=lambda texts: clip.tokenize(texts, truncate=False),
+        tokenizer=clip.tokenizer_file,
+        context=config.context,
         resize=config.image_size,
         size=config.image_size,
         depth=depth,
@@ -132,8 +159,8 @@ class _LiteImage(nn.Module):
             basis = basis * triangle.diagonal().sign()  # QR leaves the signs to the library
             self.register_buffer(f"basis{place}", basis.float())  # (width, channels)
 
-    def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        taps, logits = self.tower.classifier.taps(normalised(crops))
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        taps, logits = self.tower.classifier.taps(pixels)
         layers = []
         for place in range(len(taps) - self.depth, len(taps)):
             grid = F.avg_pool2d(taps[place], taps[place].shape[-1] // LITE_SIDE)
@@ -169,9 +196,11 @@ def _lite(depth: int) -> Backbone:
 
     return Backbone(
         name="lite",
-        image=_LiteImage(image, depth).eval().requires_grad_(False),
+        **_seeing(_LiteImage(image, depth).eval().requires_grad_(False), IMAGE_SIZE, [MEAN] * 3, [STD] * 3),
         text=_LiteText(query, depth).eval().requires_grad_(False),
         tokenize=tokenize,
+        tokenizer=tokenizer_file(),
+        context=MAX_TOKENS,
         resize=RESIZE,
         size=IMAGE_SIZE,
         depth=depth,

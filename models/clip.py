@@ -17,19 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name every torch user reads)
 from torch.nn.utils.rnn import pad_sequence
 
+from models.clip_files import WEIGHTS, file_of, fill, find, read_tokenizer, read_weights
 from models.errors import ModelError
 
 # Configs from before transformers 4.31 name 2 as the end of a text, which it never was. In such a model the end is
 # found as the largest id of the text, as OpenAI's code does.
 EOS_IS_LARGEST = 2
-# In this order of preference. OpenAI's first models were published before safetensors, and not all have gained one.
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class _QuickGelu(nn.Module):
@@ -140,12 +137,16 @@ class _Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
 
     def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
-        q, k, v = (
-            proj(x).view(*x.shape[:-1], self.heads, -1).transpose(1, 2)  # (N, L, D) -> (N, H, L, D / H)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
-        y: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        # As one product and one transposition, and the attention by hand: engines spend as long on what lies between
+        # products as on the products themselves, and torch's own attention becomes three times as many nodes.
+        projections = self.q_proj, self.k_proj, self.v_proj
+        weight, bias = (torch.cat([getattr(each, name) for each in projections]) for name in ("weight", "bias"))
+        qkv = nn.functional.linear(x, weight, bias).view(*x.shape[:-1], 3 * self.heads, -1).transpose(1, 2)
+        q, k, v = qkv.chunk(3, 1)  # (N, H, L, D / H)
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        if attend is not None:
+            scores = scores.masked_fill(~attend, float("-inf"))
+        y: Tensor = self.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return y
 
 
@@ -199,7 +200,13 @@ class _ImageEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(1 + config.patches, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, P, D)
+        # The convolution as a product: its windows do not overlap, and engines know more about products. Colours come
+        # last, as decoders give them, so that an engine can drop the transposition in front of this one.
+        weight, patch = self.patch_embedding.weight, self.patch_embedding.kernel_size[0]
+        side = pixels.shape[-1] // patch
+        x = pixels.permute(0, 2, 3, 1).reshape(-1, side, patch, side, 3 * patch)
+        x = x.transpose(2, 3).reshape(-1, side * side, 3 * patch * patch)
+        patches = nn.functional.linear(x, weight.permute(0, 2, 3, 1).flatten(1))  # (N, P, D)
         first = self.class_embedding.expand(pixels.shape[0], 1, -1)
         return torch.cat([first, patches], 1) + self.position_embedding.weight
 
@@ -278,6 +285,7 @@ class Clip:
     image: ClipImageTower
     text: ClipTextTower
     tokenizer: Tokenizer
+    tokenizer_file: Path
 
     def tokenize(self, texts: Sequence[str], *, truncate: bool) -> tuple[Tensor, Tensor]:
         """Texts, at least one -> ids, mask (N, L) int64 for the text tower; L is that of the longest text.
@@ -307,90 +315,20 @@ def load_clip(source: str | Path, layers: int = 4) -> Clip:
     Raises:
         ModelError: the hub gives no such model, a file is missing or damaged, or weights and config do not fit.
     """
-    folder = _find(source)
-    config = ClipConfig.from_file(_file(folder, "config.json"))
-    tokenizer = _read_tokenizer(_file(folder, "tokenizer.json"), config)
+    folder = find(source)
+    config = ClipConfig.from_file(file_of(folder, "config.json"))
+    tokenizer_file = file_of(folder, "tokenizer.json")
+    end = None if config.eos_token_id == EOS_IS_LARGEST else config.eos_token_id
+    tokenizer = read_tokenizer(tokenizer_file, config.vocabulary, end)
     with torch.device("meta"):  # the weights come from the file: drawing random ones first takes seconds
         image, text = ClipImageTower(config, layers), ClipTextTower(config, layers)
-    path = _file(folder, *_WEIGHTS)
-    weights = _read_weights(path)
-    _fill(image, "vision_model", weights, path)
-    _fill(text, "text_model", weights, path)
+    path = file_of(folder, *WEIGHTS)
+    weights = read_weights(path)
+    fill(image, "vision_model", weights, path)
+    fill(text, "text_model", weights, path)
     # The temperature of the training loss, and what old versions of transformers saved of range(n), are no weights.
     unknown = sorted(key for key in weights if key != "logit_scale" and not key.endswith("embeddings.position_ids"))
     if unknown:
         raise ModelError(f"{path}: {len(unknown)} tensors that CLIP does not have, the first is {unknown[0]}")
-    return Clip(config, image.eval().requires_grad_(False), text.eval().requires_grad_(False), tokenizer)
-
-
-def _find(source: str | Path) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-
-        for weights in _WEIGHTS:
-            folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "tokenizer.json", weights]))
-            if (folder / weights).exists():
-                break
-    except Exception as error:  # not installed, the hub's own, those of its HTTP client, those of the system
-        raise ModelError(
-            f"{source}: no such folder, and the Hugging Face hub does not give it ({_reason(error)}); give a local "
-            "folder with config.json, tokenizer.json and model.safetensors"
-        ) from error
-    return folder
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _file(folder: Path, *names: str) -> Path:
-    """The first of the names that the folder has."""
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    raise ModelError(f"{folder}: {names[0]} is missing")
-
-
-def _read_tokenizer(path: Path, config: ClipConfig) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
-        raise ModelError(f"{path}: cannot be read as a tokenizer ({_reason(error)})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # Otherwise a text that spells out the end token would be pooled there, and the rest of it go unread.
-    tokenizer.encode_special_tokens = True
-    size, empty = tokenizer.get_vocab_size(), tokenizer.encode("").ids
-    end = size - 1 if config.eos_token_id == EOS_IS_LARGEST else config.eos_token_id
-    if size > config.vocabulary or len(empty) != 2 or empty[-1] != end:
-        raise ModelError(
-            f"{path}: {size} tokens, a text is put in {empty}; config.json wants {config.vocabulary} at most, and a "
-            f"start and the end {end}"
-        )
-    return tokenizer
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ModelError(f"{path}: damaged or not a file of weights ({_reason(error)})") from error
-
-
-def _fill(tower: nn.Module, prefix: str, weights: dict[str, Tensor], path: Path) -> None:
-    """Move a tower's weights out of `weights`, as float32."""
-    found = {}
-    for name, own in tower.state_dict().items():
-        key = name if "_projection." in name else f"{prefix}.{name}"  # projections stand beside the towers
-        tensor = weights.pop(key, None)
-        if tensor is None:
-            raise ModelError(f"{path}: tensor {key} is missing")
-        if tensor.shape != own.shape:
-            raise ModelError(f"{path}: {key} is {list(tensor.shape)}, by config.json it is {list(own.shape)}")
-        found[name] = tensor.float()
-    tower.load_state_dict(found, assign=True)
+    image, text = image.eval().requires_grad_(False), text.eval().requires_grad_(False)
+    return Clip(config, image, text, tokenizer, tokenizer_file)

@@ -27,6 +27,7 @@ RESIZE, IMAGE_SIZE = 256, 224  # ImageNet's evaluation: the short side, then the
 EMBEDDING = 384  # D
 MAX_TOKENS = 128  # what all-MiniLM-L6-v2 was trained on
 CLASSES = 1000
+MEAN, STD = 127.0, 128.0  # what the classifier was trained on, of colours that count from 0 to 255
 TEMPERATURE = 2.0
 FLOOR = 0.02  # length that an image's vector must exceed to count in full: it quiets grey and black pictures
 
@@ -118,7 +119,7 @@ class EfficientNetLite0(nn.Module):
         self.classify = nn.Linear(1280, CLASSES)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (N, 3, 224, 224), already (x - 127) / 128 -> logits (N, 1000)."""
+        """pixels (N, 3, 224, 224), less MEAN and over STD -> logits (N, 1000)."""
         x: Tensor = self.features(pixels)
         logits: Tensor = self.classify(x.mean((2, 3)))
         return logits
@@ -146,25 +147,20 @@ class EfficientNetLite0(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Crop -> embedding: softmax over the classes, then the mean of their vectors."""
+    """Picture -> embedding: softmax over the classes, then the mean of their vectors."""
 
     def __init__(self, classifier: EfficientNetLite0, class_vectors: Tensor) -> None:
         super().__init__()
         self.classifier = classifier
         self.class_vectors = nn.Buffer(class_vectors)  # (1000, D)
 
-    def forward(self, crops: Tensor) -> Tensor:
-        """crops (N, 224, 224, 3) uint8 RGB -> pooled (N, D). Its length tells how much there is to see: keep it."""
-        return self.embed(self.classifier(normalised(crops)))
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (N, 3, 224, 224) -> pooled (N, D). Its length tells how much there is to see: keep it."""
+        return self.embed(self.classifier(pixels))
 
     def embed(self, logits: Tensor) -> Tensor:
         """logits (N, 1000) -> pooled (N, D)."""
         return (logits / TEMPERATURE).softmax(-1) @ self.class_vectors
-
-
-def normalised(crops: Tensor) -> Tensor:
-    """crops (N, 224, 224, 3) uint8 RGB -> what the classifier was trained on, (N, 3, 224, 224)."""
-    return (crops.permute(0, 3, 1, 2).float() - 127.0) / 128.0
 
 
 class _BertLayer(nn.Module):

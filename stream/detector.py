@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels.engine import Engine
 from kernels.errors import InputError
-from kernels.saliency import Calibration, saliency
+from kernels.saliency import saliency
 from stream.clock import slot_of
 from stream.types import NS, Features, Query, Saliency, Vector, Window, normalise, tidy
 
@@ -52,7 +52,6 @@ class Detector:
                 f"give --hop {engine.head.shape.hop_s:g}, not {hop_ns / NS:g}, or --zero-shot, which takes any"
             )
         self._engine, self._stream, self._hop_ns = engine, stream, hop_ns
-        self._calibration = Calibration(**engine.manifest.calibration)
         # Slot, embedding (D,) and, for a head, layers (K, 1+P, width) of the frames that windows still need.
         self._embedded: deque[tuple[int, tuple[Vector, ...]]] = deque()
         self._queries: list[Query] = []
@@ -101,7 +100,9 @@ class Detector:
 
     def _zero_shot(self, features: Features) -> tuple[Vector, Vector]:
         level, spread = self._background.T
-        return saliency(features.pooled, self._pooled, level, spread, self._calibration)
+        return saliency(
+            features.pooled, self._pooled, level, spread, self._engine.calibration, self._engine.distractors
+        )
 
     def _trained(self, features: Features) -> tuple[Vector, Vector]:
         head, state = self._engine.head, self._state

@@ -10,13 +10,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ("models", "kernels", "stream", "trainer", "bench", "tests")
 ADAPTERS = {
-    "onnxruntime": {"kernels/engine.py"},
+    "onnxruntime": {"kernels/onnx_runtime.py", "kernels/quantise.py"},
+    "tensorrt": {"kernels/tensorrt.py"},
+    "tensorrt_rtx": {"kernels/tensorrt.py"},
+    "tensorrt_rtx_bindings": {"kernels/tensorrt.py"},
+    "pycuda": {"kernels/device.py"},
+    "openvino": {"bench/ops.py"},
     "zmq": {"stream/zeromq.py"},
     "websockets": {"stream/websocket.py"},
     "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
 }
-BUILD_HALF = {"kernels/build.py", "kernels/export.py", "kernels/compress.py", "kernels/parity.py"}
-TORCH_BENCH = {"bench/model.py", "bench/features.py"}  # measure the model itself, not an engine
+BUILD_HALF = {
+    f"kernels/{name}.py"
+    for name in ("build", "build_engine", "compress", "export", "parity", "quantise", "recipe", "rounding")
+}
+TORCH_BENCH = {f"bench/{name}.py" for name in ("features", "gpu", "gpu_torch", "model", "ops")}  # the model itself
 
 
 def sources() -> list[Path]:

@@ -38,7 +38,7 @@ def test_lite_keeps_its_embeddings_and_loses_nothing_of_its_taps(
     image, query = lite_towers
     with torch.no_grad():
         layers, embedding = lite.image(crops(224))
-        torch.testing.assert_close(embedding, image(crops(224)))
+        torch.testing.assert_close(embedding, image((crops(224).permute(0, 3, 1, 2).float() - 127) / 128))
         last = image.classifier.taps((crops(224).permute(0, 3, 1, 2).float() - 127) / 128)[0][-1]
         _, text = lite.text(*lite.tokenize(TEXTS))
         pooled, level, spread = query(*tokenise(load_tokenizer(), TEXTS))
@@ -105,7 +105,7 @@ def test_the_zero_shot_part_of_r2_on_lite_counts_the_spreads_of_serving(
     """What a head adds to its own score is what a bundle without one judges by, on real frames and a grey one."""
     model = R2(R2Config("causal", lite.video_width, lite.text_width, lite.embedding, lite.floor)).eval()
     grey = np.full((lite.size, lite.size, 3), 90, np.uint8)
-    pixels = torch.from_numpy(np.stack([*islice(real_crops(), 0, 120, 20), grey]))
+    pixels = torch.from_numpy(np.stack([*islice(real_crops(lite.resize, lite.size), 0, 120, 20), grey]))
     ids, mask = lite.tokenize(["cars in a street", *TEXTS])
 
     def told(scale: float) -> torch.Tensor:

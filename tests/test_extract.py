@@ -18,8 +18,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
 from kernels.errors import InputError
+from kernels.onnx_runtime import Graph
 from kernels.preprocess import crop
 from models.backbone import Backbone, load_backbone
 from stream.detector import Detector
@@ -108,12 +110,12 @@ def opened(path: Path, hop_ns: int) -> Iterator[Frame]:
 class EngineTower(torch.nn.Module):
     """The embedded engine in the place of a backbone's image tower: lite's own takes half a minute to make."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.engine = engine
+        self.graph = Graph(EMBEDDED / "image.onnx")
 
     def forward(self, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled = torch.from_numpy(self.engine.embed_crops(crops.numpy()).pooled)
+        pooled = torch.from_numpy(self.graph(crops=crops.numpy())["pooled"])
         return pooled[:, None, None], pooled
 
 
@@ -123,7 +125,7 @@ def test_features_are_those_of_the_live_detector(tmp_path: Path, clip: Path) -> 
     gap = write_video(tmp_path / "gap.mp4", frames=33, steps_ms=(40,) * 9 + (5300,))
     engine, hop_ns, cpu = Engine(zero_shot=True), NS // 2, torch.device("cpu")
     sizes = {"resize": engine.manifest.image_resize, "size": engine.manifest.image_size}
-    backbone = replace(load_backbone(str(clip), 2), image=EngineTower(engine))
+    backbone = replace(load_backbone(str(clip), 2), image=EngineTower())
     for path in (steady, gap):
         windower, detector = Windower("live", hop_ns), Detector(engine, "live", hop_ns)
         windows = [window for frame in opened(path, hop_ns) for window in windower.push(frame)] + windower.drain()

@@ -1,12 +1,10 @@
 """A bundle with a trained head: built, checked, and run on a stream without torch; held against R2 in torch."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,19 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from rich.console import Console
 
-from kernels import build, parity
+from kernels import build
 from kernels.engine import Engine, Images
 from kernels.errors import BundleError
+from kernels.export import export
 from kernels.head import HeadState
 from kernels.preprocess import Pixels, crop
+from kernels.recipe import Recipe, make_recipe
 from livemoments import main
-from models.backbone import Backbone
 from models.checkpoint import Provenance, save_checkpoint
 from models.errors import ModelError
 from models.graphs import Graph
 from models.lite import EMBEDDING, FLOOR, ImageTower, QueryTower
-from models.lite_packages import class_captions
 from models.r2 import R2
 from models.r2_types import R2Config
 from stream.detector import make_query
@@ -44,7 +41,6 @@ from tests.test_session import frame
 CONFIG = R2Config("causal", 320, EMBEDDING, EMBEDDING, FLOOR, width=32, heads=2, window=8)
 PROVENANCE = Provenance("a test", "lite", 1.0, calibration={"centre": 0.2, "slope": 1.5})
 TEXTS = ("a dog", "a man in a suit who is interviewed in front of a house with a door", "cars")
-QUIET = Console(quiet=True)
 
 pytestmark = pytest.mark.timeout(600)  # the first test builds the bundle, on however slow a machine
 
@@ -52,19 +48,16 @@ pytestmark = pytest.mark.timeout(600)  # the first test builds the bundle, on ho
 @dataclass
 class Built:
     folder: Path
-    checkpoint: Path
+    recipe: Recipe
     model: R2
-    backbone: Backbone
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few(lite_towers: tuple[ImageTower, QueryTower]) -> Any:
     """Builds of these tests take towers that stand already, and check on fewer frames and texts than real ones."""
-    crops, captions = list(islice(parity.real_crops(), 0, None, 3)), class_captions()[:40]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("models.backbone.towers", lambda: lite_towers)
-        patch.setattr("kernels.parity.real_crops", lambda: iter(crops))
-        patch.setattr("kernels.build.class_captions", lambda: captions)
+        patch.setattr("kernels.parity.TEXTS", 40)
         yield
 
 
@@ -82,9 +75,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, few: None) -> Built:
             weight.data.fill_(0.3)
     folder = tmp_path_factory.mktemp("head")
     save_checkpoint(folder / "r2.safetensors", model, PROVENANCE)
-    trained = build.load_trained(folder / "r2.safetensors")
-    build.build(folder / "bundle", QUIET, folder / "r2.safetensors")
-    return Built(folder / "bundle", folder / "r2.safetensors", trained.model, trained.backbone)
+    recipe = make_recipe(None, folder / "r2.safetensors")
+    build.build(recipe, "onnxruntime", "int8", folder / "bundle")
+    return Built(folder / "bundle", recipe, model)
 
 
 class Watching(Engine):
@@ -124,38 +117,34 @@ def test_a_bundle_says_what_its_head_is_and_was_checked_on_every_output(built: B
     }
     assert set(agreed) == outputs and {"image.layers", "text.sentence", "head.saliency", "head.new_history"} <= outputs
     assert min(agreed.values()) >= 0.999
-    assert sum(file["bytes"] for file in manifest["files"].values()) <= build.MAX_BYTES
-    assert manifest["sources"][-1] == build.HEAD | {"trained": "a test"}
+    assert manifest["sources"][-1]["trained"] == "a test"
+    assert set(manifest["precision"]) == {"image", "text", "video", "query", "head"}
+    assert {manifest["precision"][name] for name in ("video", "query", "head")} == {"fp16 weights"}
 
 
 def test_a_head_with_one_wrong_weight_is_refused_and_leaves_no_bundle(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(folder: Path, _made: Mapping[str, Graph], _console: Console) -> None:
-        for path in built.folder.glob("*.onnx"):
-            shutil.copy(path, folder)
-        model = onnx.load(folder / "head.onnx")
-        bias = next(each for each in model.graph.initializer if each.name.endswith("layer.contract.bias"))
-        values = numpy_helper.to_array(bias).copy()
-        values[0] += 2
-        bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-        onnx.save(model, folder / "head.onnx")
+    def spoilt(graph: Graph) -> onnx.ModelProto:
+        model = export(*graph)
+        for bias in model.graph.initializer:
+            if bias.name.endswith("layer.contract.bias"):
+                values = numpy_helper.to_array(bias).copy()
+                values[0] += 2
+                bias.CopyFrom(numpy_helper.from_array(values, bias.name))
+        return model
 
-    monkeypatch.setattr("kernels.build.write_engines", spoilt)
+    monkeypatch.setattr("kernels.build.export_graph", spoilt)
     with pytest.raises(BundleError, match=r"head\.\w+ does not agree with torch"):
-        build.build(tmp_path / "bundle", QUIET, built.checkpoint)
+        build.build(built.recipe, "onnxruntime", "fp16", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_too_large_to_travel_is_refused(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copied(folder: Path, _made: Mapping[str, Graph], _console: Console) -> None:
-        for path in built.folder.glob("*.onnx"):
-            shutil.copy(path, folder)
-
-    monkeypatch.setattr("kernels.build.write_engines", copied)
-    monkeypatch.setattr("kernels.build.MAX_BYTES", 30_000_000)
-    with pytest.raises(BundleError, match=r"takes 3\d\.\d MB, at most 30 MB"):
-        build.build(tmp_path / "bundle", QUIET, built.checkpoint)
+    monkeypatch.setattr("kernels.build.EMBEDDED", tmp_path / "bundle")
+    monkeypatch.setattr("kernels.build._EMBEDDED_BYTES", 30_000_000)
+    with pytest.raises(BundleError, match=r"takes \d+\.\d MB, the embedded one 30 MB at most"):
+        build.build(built.recipe, "onnxruntime", "fp16", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +152,6 @@ def test_a_bundle_too_large_to_travel_is_refused(built: Built, tmp_path: Path, m
     ("config", "provenance", "says"),
     [
         ({"mode": "clip"}, {}, 'is of mode "clip", this needs "causal"'),
-        ({}, {"backbone": "openai/clip-vit-base-patch32"}, "reads openai/clip-vit-base-patch32: only heads that read"),
         ({}, {"calibration": {}}, "carries no calibration"),
         ({"floor": 0.0}, {}, r"of \(320, 384, 384, 0.0\), those of lite are \(320, 384, 384, 0.02\)"),
     ],
@@ -174,7 +162,7 @@ def test_a_checkpoint_that_no_bundle_can_hold_is_refused_in_one_line(
     path = tmp_path / "r2.safetensors"
     save_checkpoint(path, R2(replace(CONFIG, **config)), replace(PROVENANCE, **provenance))
     with pytest.raises(ModelError, match=says) as caught:
-        build.load_trained(path)
+        make_recipe(None, path)
     assert "\n" not in str(caught.value)
 
 
@@ -205,7 +193,7 @@ def test_a_session_publishes_what_torch_says_of_the_same_pictures(built: Built, 
 @torch.no_grad()
 def reference(built: Built, engine: Engine, crops: Sequence[Pixels]) -> np.ndarray:
     """Scores (queries, windows) in torch, but for the texts, whose tower is stored in int8 and checked by the build."""
-    layers, embedding = built.backbone.image(torch.from_numpy(np.stack(crops)))
+    layers, embedding = built.recipe.backbone.image(torch.from_numpy(np.stack(crops)))
     layers, embedding = ((each[1:] + each[:-1]) / 2 for each in (layers, embedding))  # two frames a window
     rows = []
     for text in TEXTS:

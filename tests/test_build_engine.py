@@ -1,0 +1,414 @@
+"""`livemoments build-engine`: what it builds runs, what is wrong is refused, and a refused build leaves nothing."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from kernels.build import PRECISIONS, build, export_graph
+from kernels.bundle import EMBEDDED, Manifest, load_manifest
+from kernels.engine import Engine
+from kernels.errors import BundleError
+from kernels.head import HostRows
+from kernels.onnx_runtime import Graph
+from kernels.preprocess import crop
+from kernels.quantise import fold_constants, quantise
+from kernels.recipe import Recipe, make_recipe
+from kernels.rounding import rounded
+from kernels.tensorrt import CAPABILITIES
+from livemoments import main
+from models.checkpoint import Provenance, save_checkpoint
+from models.clip import VIT_B32
+from models.graphs import Graph as Exported
+from models.lite import ImageTower, QueryTower
+from models.lite_packages import class_captions
+from models.r2 import R2
+from models.r2_types import R2Config
+from stream.detector import make_query
+from stream.ingest import open_source
+from stream.moments import MomentOptions
+from stream.run import play
+from stream.session import Session
+from stream.sources import parse_source
+from stream.types import NS, Kind
+from tests.test_clip import TINY, publish
+
+pytestmark = pytest.mark.timeout(600)  # engines of full size are built, on however slow a machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few(lite_towers: tuple[ImageTower, QueryTower]) -> Iterator[None]:
+    """Fewer texts, and as many frames as the gate must have at least; towers of lite that stand already."""
+    captions = [caption for caption in class_captions() if len(caption) < 30][:40]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.backbone.towers", lambda: lite_towers)
+        for module in ("parity", "recipe"):
+            patch.setattr(f"kernels.{module}.class_captions", lambda: captions)
+        patch.setattr("kernels.parity.FRAMES", 32)
+        patch.setattr("kernels.parity.KEPT", 8)
+        patch.setattr("kernels.build._TIMED", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish(TINY, tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def tiny(clip: Path) -> Recipe:
+    return make_recipe(str(clip), None)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head with random weights that reads the tiny CLIP."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("head") / "r2.safetensors"
+    model = R2(R2Config("causal", 32, 24, 16, depth=2, width=16, heads=2, window=4, strides=(1, 2)))
+    save_checkpoint(path, model, Provenance("a test", str(clip), 1.0, calibration={"centre": 0.2, "slope": 1.5}))
+    return path
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# -- for a CPU
+
+
+@pytest.mark.parametrize("precision", PRECISIONS["onnxruntime"])
+def test_a_cpu_bundle_of_a_clip_agrees_with_torch_and_runs(precision: str, tiny: Recipe, tmp_path: Path) -> None:
+    manifest, parts = build(tiny, "onnxruntime", precision, tmp_path / "bundle")
+    assert files(tmp_path / "bundle") == {*manifest.files, "manifest.json"}
+    assert set(manifest.files) == {"image.onnx", "text.onnx", "tokenizer.json", "distractors.npy"}
+    assert isinstance(manifest.parity, dict) and min(manifest.parity.values()) >= 0.999
+    assert {part.name: part.form for part in parts} == manifest.precision
+    assert all(part.ms and part.torch_ms for part in parts)
+    engine = Engine(tmp_path / "bundle")
+    assert engine.manifest == manifest and engine.distractors is not None
+    np.testing.assert_allclose(np.linalg.norm(engine.distractors, axis=1), 1, atol=1e-3)
+    frame = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    with torch.no_grad():
+        cut = torch.from_numpy(crop(frame, resize=24, size=24).copy())[None]
+        want = tiny.backbone.image(cut)[1].numpy()
+    given = engine.embed_frames([frame]).pooled
+    assert (given * want).sum() / np.linalg.norm(given) / np.linalg.norm(want) > 0.999
+    session = Session(engine, "cam", NS, MomentOptions(), recorded=True)
+    session.add(make_query(engine, "a dog"))
+
+
+def test_what_int8_blunts_is_built_larger(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each engine takes the smallest form that agrees with torch, and says which that was and why."""
+    told: list[str] = []
+
+    def blunt(model: onnx.ModelProto) -> onnx.ModelProto:
+        model = quantise(model)
+        for tensor in model.graph.initializer:
+            if tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2:
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) // 32 * 32, tensor.name))
+        return model
+
+    monkeypatch.setattr("kernels.build.quantise", blunt)
+    manifest, _ = build(tiny, "onnxruntime", "int8", tmp_path / "bundle", told.append)
+    assert manifest.precision["image"] == "fp16 weights"
+    assert any("image.pooled does not agree with torch" in line and line.endswith("not as int8") for line in told)
+
+
+def test_a_head_on_a_clip_is_built_and_serves(checkpoint: Path, tmp_path: Path) -> None:
+    manifest, _ = build(make_recipe(None, checkpoint), "onnxruntime", "int8", tmp_path / "bundle")
+    assert manifest.head is not None and manifest.head.depth == 2
+    assert {manifest.precision[name] for name in ("video", "query", "head")} == {"fp16 weights"}
+    engine = Engine(tmp_path / "bundle")
+    session = Session(engine, "cam", NS, MomentOptions(), recorded=True)
+    session.add(make_query(engine, "a dog"))
+    assert engine.head is not None and engine.embed_frames([np.zeros((30, 40, 3), np.uint8)]).layers is not None
+
+
+class TorchRuntime:
+    """The graphs of a recipe in torch, in the place of a bundle's."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.graphs = recipe, recipe.crop_graphs()
+
+    def graph(self, name: str) -> Callable[..., Mapping[str, NDArray[Any]]]:
+        def call(**inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+            with torch.no_grad():
+                found = self.graphs[name].module(*(torch.from_numpy(inputs[each]) for each in self.graphs[name].inputs))
+            outputs = [found] if isinstance(found, Tensor) else found
+            return {output: each.numpy() for output, each in zip(self.graphs[name].outputs, outputs, strict=True)}
+
+        return call
+
+    def see(self, frames: Sequence[NDArray[np.uint8]]) -> Mapping[str, NDArray[Any]]:
+        b = self.recipe.backbone
+        return self.graph("image")(crops=np.stack([crop(each, resize=b.resize, size=b.size) for each in frames]))
+
+    rows = HostRows
+
+
+Told = tuple[list[float], list[tuple[float, float]]]
+
+
+def watch(engine: Engine, video: Path, query: str) -> Told:
+    """The score of every window, and start and end of what is told, in seconds."""
+    source = open_source(parse_source(str(video)), hop_ns=NS, pace="max")
+    try:
+        session = Session(engine, "v", NS, MomentOptions(), recorded=True)
+        session.add(make_query(engine, query))
+        steps = [*filter(None, play(source, session)), session.drain()]
+    finally:
+        source.close()
+    scores = [saliency[0].score for step in steps for _, saliency in step.scores]
+    closed = [event.moment for step in steps for event in step.events if event.kind is Kind.CLOSED and event.moment]
+    return scores, [(moment.start_ns / NS, (moment.end_ns or 0) / NS) for moment in closed]
+
+
+@pytest.mark.shared
+def test_every_cpu_bundle_tells_the_moments_of_torch(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores to 0.005, and the same moments: an edge may move by a hop only where torch's score is that close to it."""
+    recipe = make_recipe("lite", None)
+    streams = [json.loads(line) for line in (shared_data / "clips" / "streams.jsonl").read_text().splitlines()]
+    for precision in PRECISIONS["onnxruntime"]:
+        build(recipe, "onnxruntime", precision, tmp_path / precision)
+    with monkeypatch.context() as patch:
+        patch.setattr("kernels.engine._runtime", lambda *_: TorchRuntime(recipe))
+        reference = Engine(tmp_path / "fp32")
+    for stream in streams:
+        video = shared_data / "clips" / f"{stream['vid']}.mp4"
+        scores, moments = watch(reference, video, stream["query"])
+        close = [hop for hop, score in enumerate(scores) if abs(score - MomentOptions().threshold) < 0.005]
+        assert len(moments) >= 3 and len(close) <= 1, "or there is nothing to agree on"
+        for precision in PRECISIONS["onnxruntime"]:
+            found, told = watch(Engine(tmp_path / precision), video, stream["query"])
+            np.testing.assert_allclose(found, scores, atol=0.005)
+            for ours, theirs in zip(told, moments, strict=True):
+                moved = [edge for edge, want in zip(ours, theirs, strict=True) if edge != want]
+                assert precision != "fp32" or not moved
+                assert len(moved) <= len(close) and all(abs(edge - hop) <= 1.5 for edge in moved for hop in close)
+
+
+# -- for a GPU, without one
+
+
+def test_a_gpu_bundle_is_built_here_and_judged_there(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(None, checkpoint)
+    manifest, _ = build(recipe, "tensorrt-rtx", "fp16", tmp_path / "bundle")
+    engines = {f"{name}.engine" for name in ("image", "text", "video", "query", "head")}
+    assert set(manifest.files) == engines | {"tokenizer.json", "distractors.npy", "reference.npz"}
+    assert manifest.parity == "pending" and min(manifest.onnx_parity.values()) >= 0.999
+    assert manifest.compute_capabilities == list(CAPABILITIES) and manifest.profiles["rows"] == [1, 16, 10_000]
+    assert manifest.precision["image"] == "fp16" and manifest.precision["head"] == "fp32"
+    graphs = recipe.pixel_graphs()
+    with np.load(tmp_path / "bundle" / "reference.npz") as reference:
+        for name, graph in graphs.items():
+            inputs = [torch.from_numpy(reference[f"{name}/in/{each}"]) for each in graph.inputs]
+            with torch.no_grad():
+                found = graph.module(*inputs)
+            for output, each in zip(graph.outputs, found, strict=True):
+                np.testing.assert_allclose(reference[f"{name}/out/{output}"], each, atol=2e-2, rtol=2e-3)
+    with pytest.raises(BundleError, match=r"GPU|PyCUDA") as caught:
+        Engine(tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["lite", "ViT-B/32"])
+def test_full_size_backbones_become_gpu_bundles(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command itself; of the CLIP the weights are random, which proves the build only."""
+    if model == "ViT-B/32":
+        (tmp_path / "clip").mkdir()
+        model = str(publish(VIT_B32, tmp_path / "clip"))
+    out = tmp_path / "bundle"
+    assert main(["build-engine", "--model", model, "--target", "tensorrt-rtx", "--out", str(out)]) == 0
+    assert load_manifest(out).precision == {"image": "fp16", "text": "fp16"}
+    told = capsys.readouterr().out
+    assert "image.pooled" in told and "held against it when they first meet a GPU" in told
+
+
+def test_bf16_is_rounded_where_nothing_computes_it(tiny: Recipe) -> None:
+    """What the gate runs in place of the graph is coarser than fp32, as coarse as torch's own bf16."""
+    graph = tiny.pixel_graphs(torch.bfloat16)["image"]
+    pixels = torch.randn(4, 3, 24, 24).half()
+    given = Graph(rounded(export_graph(graph)).SerializeToString())(pixels=pixels.numpy())["pooled"]
+    with torch.no_grad():
+        exact = tiny.pixel_graphs()["image"].module(pixels).numpy()
+        narrow = graph.module(pixels).numpy()
+    off, wanted = np.abs(given - exact).mean(), np.abs(narrow - exact).mean()
+    assert 0.5 * wanted < off < 2 * wanted
+
+
+# -- what the gate is for
+
+
+def one_weight(graph: Exported) -> onnx.ModelProto:
+    """The export, in which one number of the image tower is another."""
+    model = export_graph(graph)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("post_layernorm.bias"):
+            values = numpy_helper.to_array(tensor).copy()
+            values[3] += 10
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
+
+
+class Turned(nn.Module):
+    """Rows for columns."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        found: Tensor = self.tower(pictures.transpose(1, 2) if pictures.shape[-1] == 3 else pictures.mT)
+        return found
+
+
+def transposed(graph: Exported) -> onnx.ModelProto:
+    """The export, in which pictures lie on their side."""
+    picture = {"crops", "pixels"} & set(graph.inputs)
+    return export_graph(graph._replace(module=Turned(graph.module)) if picture else graph)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize(("model", "fault"), [("clip", one_weight), ("lite", transposed)])
+def test_a_planted_error_leaves_no_bundle(
+    model: str,
+    fault: Callable[[Exported], onnx.ModelProto],
+    target: str,
+    tiny: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pictures that lie on their side are told with real weights; with random ones all pictures look alike."""
+    recipe = tiny if model == "clip" else make_recipe("lite", None)
+    monkeypatch.setattr("kernels.build.export_graph", fault)
+    with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch: worst cosine"):
+        build(recipe, target, "fp32", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overflow_of_fp16_is_refused_and_bf16_is_not(clip: Path, tmp_path: Path) -> None:
+    """Activations of 10^6 in the middle of a block: harmless in fp32, infinite in fp16."""
+    recipe = make_recipe(str(clip), None)
+    block = recipe.backbone.pixels.get_submodule("encoder.layers.0.self_attn")
+    with torch.no_grad():
+        block.get_parameter("v_proj.weight").mul_(1e7)
+        block.get_parameter("v_proj.bias").mul_(1e7)
+        block.get_parameter("out_proj.weight").div_(1e7)
+    with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch: worst cosine -1"):
+        build(recipe, "tensorrt-rtx", "fp16", tmp_path / "fp16")
+    assert list(tmp_path.iterdir()) == []
+    assert build(recipe, "tensorrt-rtx", "bf16", tmp_path / "bf16")[0].precision["image"] == "bf16"
+
+
+def test_a_refused_build_leaves_the_old_bundle_alone(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, _ = build(tiny, "onnxruntime", "fp32", tmp_path / "bundle")
+    monkeypatch.setattr("kernels.build.export_graph", one_weight)
+    with pytest.raises(BundleError, match="does not agree"):
+        build(tiny, "onnxruntime", "fp32", tmp_path / "bundle")
+    assert load_manifest(tmp_path / "bundle") == old
+
+
+# -- products in int8
+
+
+def test_products_by_constants_are_whole_numbers_and_no_others(tiny: Recipe) -> None:
+    graph = tiny.crop_graphs()["image"]
+    model = quantise(fold_constants(export_graph(graph)))
+    kinds = [node.op_type for node in model.graph.node]
+    blocks = TINY.image.layers
+    # Of a block: one for queries, keys and values, one behind the attention, two of the MLP; and before and after them.
+    assert kinds.count("MatMulInteger") == 4 * blocks + 2
+    assert kinds.count("MatMul") == 2 * blocks  # scores, and what is mixed by them
+
+
+# -- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "nothing to build: give --model lite"),
+        (["--model", "lite", "--target", "tensorrt-rtx", "--precision", "int8"], "tensorrt-rtx is not built in int8"),
+        (["--model", "lite", "--precision", "bf16"], "onnxruntime is not built in bf16, but in int8, fp16, fp32"),
+        (["--model", "lite", "--compute-capability", "8.6"], "--compute-capability belongs to --target tensorrt-rtx"),
+        (["--model", "/none/such"], "/none/such: no such folder"),
+        (["--checkpoint", "none.safetensors"], "none.safetensors: no such file"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    arguments: Sequence[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build-engine", *arguments, "--out", str(tmp_path / "bundle")]) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == 1, told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_capability_that_the_compiler_lacks_is_told(tiny: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"does not build for compute capability 9\.0, but for .*8\.6"):
+        build(tiny, "tensorrt-rtx", "fp16", tmp_path / "bundle", capabilities=["9.0"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrt_that_is_not_installed_is_told(tiny: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    try:
+        importlib.import_module("tensorrt")
+    except ImportError:
+        with pytest.raises(BundleError, match="the target tensorrt needs the package tensorrt: pip install"):
+            build(tiny, "tensorrt", "fp16", tmp_path / "bundle")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        pytest.skip("it is installed here")
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(
+    tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="is there and is no engine bundle: give another --out"):
+        build(tiny, "onnxruntime", "fp32", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert main(["build-engine", "--model", "lite", "--out", str(EMBEDDED)]) == 2
+    assert "it would lose its trained head" in capsys.readouterr().err
+
+
+def test_another_backbone_under_a_head_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build-engine", "--model", "lite", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]) == 2
+    told = capsys.readouterr().err
+    assert "reads features (video, text, embedding, floor) of (32, 24, 16, 0.0), those of lite are" in told
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("target", "abacus", "is built for abacus, which this version does not run"),
+        ("image_size", 32, "does not fit its engines, in image_size or head"),
+    ],
+)
+def test_a_bundle_that_does_not_fit_is_refused_at_load(
+    field: str, value: object, says: str, tiny: Recipe, tmp_path: Path
+) -> None:
+    manifest, _ = build(tiny, "onnxruntime", "fp32", tmp_path / "bundle")
+    changed: Manifest = replace(manifest, **{field: value})  # type: ignore[arg-type]
+    changed.write(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=says) as caught:
+        Engine(tmp_path / "bundle")
+    assert "\n" not in str(caught.value)
