@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.environment import environment
-from bench.model import gflop, measure
+from bench.model import CAUSAL, gflop, measure
 from kernels.agreement import PARITY, worst_cosine
 from kernels.build import export_graph, formed
 from kernels.compress import compress
@@ -38,7 +38,9 @@ from kernels.saliency import Calibration, crossings, row_saliency
 from models.backbone import FromCrops
 from models.clip import VIT_B32, ClipImageTower
 from models.graphs import Graph as Exported
+from models.graphs import graphs as step_graphs
 from models.lite_packages import class_captions
+from models.r2 import R2
 
 SIZE = (720, 1280)
 SAMPLES = 16  # frames and texts that must agree with torch before one of them is timed
@@ -89,26 +91,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def engines() -> list[Work]:
-    """The image tower of ViT-B/32 with random weights, and the towers of lite."""
+    """A CLIP's image tower and a head of full size, with random weights, and the towers of lite."""
     c, lite = VIT_B32, make_recipe("lite", None)
     mean, std = ([255 * each for each in values] for values in (c.mean, c.std))
-    tower = FromCrops(ClipImageTower(c).eval(), c.image_size, mean, std)
-    crops, small = (_crops(each) for each in (c.image_size, lite.backbone.resize))
-    tokens, mask = lite.backbone.tokenize(spread(class_captions(), SAMPLES))
+    tower = FromCrops(ClipImageTower(c, CAUSAL.depth).eval(), c.image_size, mean, std)
+    crops, small = _crops(c.image_size, c.image_size), _crops(lite.backbone.resize, lite.backbone.size)
+    words = lite.backbone.tokenize(spread(class_captions(), SAMPLES))
     vit, graphs = Exported(tower, {"crops": crops}, ("layers", "pooled"), {"crops": {0: "frames"}}), lite.crop_graphs()
-    return [
-        _engine("image tower, ViT-B/32", vit, [crops], ("fp32", "int8")),
-        _engine("image tower, lite", graphs["image"], [small], ("fp32",)),
-        _engine("text tower, lite", graphs["text"], [tokens, mask], ("fp32",)),
+    works = [
+        _engine("image tower, ViT-B/32", vit, [crops], [crops[:1]], ("fp32", "int8")),
+        _engine("image tower, lite", graphs["image"], [small], [small[:1]], ("fp32",)),
+        _engine("text tower, lite", graphs["text"], words, [each[:1] for each in words], ("fp32",)),
     ]
+    head = step_graphs(R2(CAUSAL).eval(), c.patches)["solo"]
+    for rows in ROWS:
+        given = [
+            each[torch.arange(rows) % len(each)] if head.axes[name].get(0) == "rows" else each
+            for name, each in head.inputs.items()
+        ]
+        works.append(_engine(f"head, {rows} queries", head, given, given, ("fp32",)))
+    return works
 
 
-def _crops(resize: int) -> torch.Tensor:
-    return torch.from_numpy(np.stack(spread(list(real_crops(resize, VIT_B32.image_size)), SAMPLES)))
+def _crops(resize: int, size: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack(spread(list(real_crops(resize, size)), SAMPLES)))
 
 
-def _engine(name: str, graph: Exported, samples: Sequence[torch.Tensor], forms: tuple[str, ...]) -> Work:
-    """A graph in each runtime that agrees with torch on all samples, with one of them to be timed."""
+def _engine(
+    name: str,
+    graph: Exported,
+    samples: Sequence[torch.Tensor],
+    timed: Sequence[torch.Tensor],
+    forms: tuple[str, ...],
+) -> Work:
+    """A graph in each runtime that agrees with torch on the samples."""
     exported = export_graph(graph)
     models = {form: formed(exported, form).SerializeToString() for form in forms}
     runs: dict[str, Run] = {f"ONNX Runtime {form}": partial(_onnxruntime, Graph(each)) for form, each in models.items()}
@@ -117,13 +133,13 @@ def _engine(name: str, graph: Exported, samples: Sequence[torch.Tensor], forms: 
         if INT8 in forms:
             compress(exported, {"MatMul": INT8}, OPENVINO_GROUP)
             runs["OpenVINO int8"] = _openvino(exported.SerializeToString(), "bf16")
-    found, (all_of_them, one) = graph.module(*samples), (_named(graph, samples), [each[:1] for each in samples])
+    found, given = graph.module(*samples), _named(graph, samples)
     want = [each.numpy() for each in ([found] if isinstance(found, torch.Tensor) else found)]
-    runtimes: dict[str, Callable[[], Any]] = {"torch": partial(graph.module, *one)}
+    runtimes: dict[str, Callable[[], Any]] = {"torch": partial(graph.module, *timed)}
     for runtime, run in runs.items():
         # What is wrong may be fast.
-        if min(worst_cosine(given, each) for given, each in zip(run(all_of_them), want, strict=True)) >= PARITY:
-            runtimes[runtime] = partial(run, _named(graph, one))
+        if min(worst_cosine(given, each) for given, each in zip(run(given), want, strict=True)) >= PARITY:
+            runtimes[runtime] = partial(run, _named(graph, timed))
     sizes = {f"ONNX Runtime {form}": len(model) for form, model in models.items()}
     whole = sum(each.numel() * each.element_size() for each in graph.module.parameters())
     integer = frozenset(runtime for runtime in runtimes if runtime.endswith(INT8))

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from bench import distractors, ops
 from bench.camera import clips_folder
 from bench.demo import BICYCLE, MAN, QUERIES
+from kernels.recipe import make_recipe
 from livemoments import main
+from models.graphs import Graph as Exported
 from models.r2_types import R2Config
 from tests.media import truncate, write_video
-from tests.test_clip import TINY
+from tests.test_clip import TINY, publish
+from tests.tv import make_tvstream
 from trainer.metrics import Prediction, read_jsonl
 from trainer.render import FPS, Kind, Segment, render
 
@@ -174,3 +179,57 @@ def test_model_measures_a_window_in_both_runtimes(
     assert plot.stat().st_size > 10_000
     assert main(["bench", "model", "--windows", "5"]) == 2
     assert "--windows more than 100" in capsys.readouterr().err
+
+
+def test_ops_stand_beside_their_reference_and_their_floor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny CLIP in the place of both backbones: real engines, a real head."""
+    recipe = make_recipe(str(publish(TINY, tmp_path)), None)
+    monkeypatch.setattr(ops, "VIT_B32", TINY)
+    monkeypatch.setattr(ops, "make_recipe", lambda *_: recipe)
+    monkeypatch.setattr(ops, "OPENVINO_GROUP", 8)
+    monkeypatch.setattr(ops, "class_captions", lambda: ["a photo of a dog", "a photo of a cat"])
+    monkeypatch.setattr(ops, "CAUSAL", R2Config("causal", 32, 24, embedding=16, depth=2, width=32, heads=2, window=4))
+    assert main(["bench", "ops", "--rounds", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    found = {(row["op"], row["runtime"]): row for row in result["ops"]}
+    assert {runtime for op, runtime in found if op == "image tower, ViT-B/32"} >= {"torch", "ONNX Runtime int8"}
+    kernels = {"preprocessing, 720p", "ring attention, 1000 rows", "saliency and crossings, 1000 rows"}
+    assert kernels | {"text tower, lite", "head, 16 queries", "head, 1000 queries"} <= {op for op, _ in found}
+    assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in found.values())
+    assert found["head, 1000 queries", "torch"]["floor_ms"] > found["head, 16 queries", "torch"]["floor_ms"]
+    assert all(rate > 0.1 for rate in result["giga_per_s"].values())
+
+
+def test_an_engine_that_disagrees_with_torch_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Exported(torch.nn.Linear(8, 8).requires_grad_(False), {"x": torch.randn(4, 8)}, ("y",), {"x": {0: "n"}})
+    x = [torch.randn(4, 8)]
+    assert "ONNX Runtime fp32" in ops._engine("right", graph, x, x, ("fp32",)).runtimes
+    monkeypatch.setattr(ops, "_onnxruntime", lambda *_: [np.ones((4, 8), np.float32)])
+    assert "ONNX Runtime fp32" not in ops._engine("wrong", graph, x, x, ("fp32",)).runtimes
+
+
+def test_distractors_tell_likely_texts_from_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Made-up features in which every frame answers every text a little, some frames more than others."""
+    folder = make_tvstream(tmp_path / "tv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bench.distractors", "--features", str(folder)])
+        assert distractors.main() == 0
+        ways = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["ways"]
+        assert next(iter(ways)) == "cosine" and len(ways) == 5
+        assert all(0 < row["frame_ap"] <= 1 and 0 < row["f1"] <= 1 for row in ways.values())
+        patch.setattr(sys, "argv", ["bench.distractors", "--features", str(tmp_path / "none")])
+        assert distractors.main() == 2
+    assert "no such file" in capsys.readouterr().err.lower()
+
+
+def test_common_answers_cancel_against_distractors() -> None:
+    """A part that every text shares moves the cosine, and not the odds."""
+    rng = np.random.default_rng(0)
+    texts = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
+    frames = np.stack([texts[3], texts[5]]) + 0.2 * texts.sum(0) * np.array([[0.0], [3.0]], np.float32)
+    frames = (frames / np.linalg.norm(frames, axis=1, keepdims=True)).astype(np.float32)
+    ways = distractors.ways(texts)
+    odds = ways["likelier than distractors, temperature 0.02"](frames, 3)
+    assert odds[0] > 2 > odds[1]
