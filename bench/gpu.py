@@ -258,6 +258,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100, help="runs that a time is the median of (default 100)")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="of the kernels' inputs")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
     try:
         device = Device()
     except BundleError as error:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             causal.check()
             works = {TOWER: _tower(Path(folder)), WHOLE: _whole(Path(folder))}
             works |= {_label(rows): causal.full(rows) for rows in QUERIES}
-        gflop = {name: gflop(work["torch"]) for name, work in works.items()}
+        gflop = {name: count_gflop(work["torch"]) for name, work in works.items()}
         times = measure(works, args.rounds, console)
         result = {"ms": times, "gflop": gflop} | ratios(times, gflop) | long_run(causal, args.windows, console)
     _print(Console(highlight=False), result)
@@ -255,7 +255,7 @@ def _agree(name: str, one: Tensor, other: Tensor) -> None:
         raise InputError(f"{name}: ONNX Runtime differs from torch by {error:.1e}, at most {TOLERANCE:.0e} is right")
 
 
-def gflop(call: Callable[[], Any]) -> float:
+def count_gflop(call: Callable[[], Any]) -> float:
     """Of the matrix products and convolutions, two for a multiply and an add; the rest is left out."""
     with FlopCounterMode(display=False) as counter:
         call()

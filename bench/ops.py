@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.environment import environment
-from bench.model import CAUSAL, gflop, measure
+from bench.model import CAUSAL, count_gflop, measure
 from kernels.agreement import PARITY, worst_cosine
 from kernels.build import export_graph, formed
 from kernels.compress import compress
@@ -143,7 +143,9 @@ def _engine(
     sizes = {f"ONNX Runtime {form}": len(model) for form, model in models.items()}
     whole = sum(each.numel() * each.element_size() for each in graph.module.parameters())
     integer = frozenset(runtime for runtime in runtimes if runtime.endswith(INT8))
-    return Work(name, runtimes, gflop(runtimes["torch"]), {each: sizes.get(each, whole) for each in runtimes}, integer)
+    return Work(
+        name, runtimes, count_gflop(runtimes["torch"]), {each: sizes.get(each, whole) for each in runtimes}, integer
+    )
 
 
 def _named(graph: Exported, inputs: Sequence[torch.Tensor]) -> dict[str, NDArray[Any]]:
@@ -196,13 +198,13 @@ def _attention(rows: int, rng: np.random.Generator) -> Work:
 def _saliency(rows: int, rng: np.random.Generator) -> Work:
     windows, queries = (rng.normal(size=(n, WIDTH)).astype(np.float32) for n in (STREAMS, rows))
     queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    level, spread = np.zeros(rows, np.float32), np.full(rows, 0.02, np.float32)
+    level, spread, threshold = (np.full(rows, value, np.float32) for value in (0.0, 0.02, 0.5))
     stream, state = rng.integers(0, STREAMS, rows).astype(np.int32), np.zeros(rows, np.uint8)
     calibration = Calibration(0.02, 1.0, 1.0)
 
     def call() -> NDArray[np.intp]:
         score = row_saliency(windows, stream, queries, level, spread, calibration)[1]
-        return crossings(score, spread, state)
+        return crossings(score, threshold, state)
 
     return Work(f"saliency and crossings, {rows} rows", {CPU: call}, 2e-9 * queries.size, {CPU: queries.nbytes})
 

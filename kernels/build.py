@@ -19,7 +19,7 @@ import onnx
 import torch
 
 from kernels.agreement import PENDING
-from kernels.bundle import EMBEDDED, GPU_TARGETS, Manifest, describe_files
+from kernels.bundle import EMBEDDED, GPU_TARGETS, Manifest, check_place, describe_files
 from kernels.compress import compress
 from kernels.errors import BundleError
 from kernels.export import export
@@ -28,7 +28,7 @@ from kernels.parity import Agreement, Gate
 from kernels.quantise import fold_constants, quantise
 from kernels.recipe import Recipe
 from kernels.rounding import rounded
-from kernels.tensorrt import CAPABILITIES, compile_engine
+from kernels.tensorrt import CAPABILITIES, compile_engine, load_module
 from models.graphs import Graph as Exported
 
 PRECISIONS = {"onnxruntime": ("int8", "fp16", "fp32"), "tensorrt-rtx": ("fp16", "bf16", "fp32")}
@@ -43,7 +43,7 @@ _FORMS = {
 _HALF = dict.fromkeys(("Conv", "Gemm", "MatMul", "Gather", "Transpose", "Reshape"), "fp16")
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Least, usual and largest length of the axes that vary, for the engines of a GPU.
-_PROFILES = {"frames": [1, 1, 16], "texts": [1, 1, 64], "streams": [1, 1, 64], "rows": [1, 16, 10_000]}
+_PROFILES = {"frames": [1, 1, 16], "texts": [1, 1, 64], "streams": [1, 1, 32], "rows": [1, 16, 10_000]}
 _EMBEDDED_BYTES = 45_000_000  # at most of the bundle that travels with the project
 _TIMED = 9  # runs of which the median is told
 
@@ -81,30 +81,54 @@ def build(
         BundleError: the target is missing, `out` is no place for a bundle, or an engine does not agree with torch.
         ModelError: the backbone has no such text or frame.
     """
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BundleError(f"{out} is there and is no engine bundle: give another --out, nothing was written")
+    out = out.resolve()
+    check_place(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-")
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".building-") as scratch:
+            folder = Path(scratch) / "new"
+            folder.mkdir()
+            made = _build(recipe, target, precision, folder, report, capabilities, embedded=out == EMBEDDED)
+            _put(folder, out, Path(scratch) / "old")
     except OSError as error:
-        raise BundleError(f"{out} cannot be written: {error.strerror}") from None
-    with scratch as parent:
-        folder = Path(parent) / out.name
-        folder.mkdir()
-        shutil.copy(recipe.backbone.tokenizer, folder / "tokenizer.json")
-        report("distractor texts")
-        if texts := list(recipe.distractors()):
-            np.save(folder / "distractors.npy", torch.cat(texts).half().numpy())
-        make = _for_gpu if target in GPU_TARGETS else _for_cpu
-        parts = make(recipe, target, precision, folder, report, capabilities)
-        manifest = _manifest(recipe, target, folder, parts, capabilities)
-        size = sum(each["bytes"] for each in manifest.files.values())
-        if out.resolve() == EMBEDDED and size > _EMBEDDED_BYTES:
-            raise BundleError(f"it takes {size / 1e6:.1f} MB, the embedded one {_EMBEDDED_BYTES / 1e6:.0f} MB at most")
-        manifest.write(folder)
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
+        raise BundleError(f"{out} cannot be written: {error.strerror or error}") from None
+    return made
+
+
+def _put(new: Path, out: Path, old: Path) -> None:
+    """Rename a bundle to its place; what stood there goes to `old`, or comes back if that fails."""
+    check_place(out)  # again: a build takes minutes
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
+def _build(
+    recipe: Recipe,
+    target: str,
+    precision: str,
+    folder: Path,
+    report: Report,
+    capabilities: Sequence[str],
+    *,
+    embedded: bool,
+) -> tuple[Manifest, list[Part]]:
+    shutil.copy(recipe.backbone.tokenizer, folder / "tokenizer.json")
+    report("distractor texts")
+    if texts := list(recipe.distractors()):
+        np.save(folder / "distractors.npy", torch.cat(texts).half().numpy())
+    make = _for_gpu if target in GPU_TARGETS else _for_cpu
+    parts = make(recipe, target, precision, folder, report, capabilities)
+    manifest = _manifest(recipe, target, folder, parts, capabilities)
+    size = sum(each["bytes"] for each in manifest.files.values())
+    if embedded and size > _EMBEDDED_BYTES:
+        raise BundleError(f"it takes {size / 1e6:.1f} MB, the embedded one {_EMBEDDED_BYTES / 1e6:.0f} MB at most")
+    manifest.write(folder)
     return manifest, parts
 
 
@@ -126,7 +150,7 @@ def _for_cpu(
                 runs[name] = Graph(model.SerializeToString())
                 agreement = _check(recipe, gate, name, runs)
                 break
-            except BundleError as error:
+            except (BundleError, ValueError) as error:  # ValueError: a weight that cannot be stored so
                 if form == forms[-1]:
                     raise
                 report(f"{name}: {error}: not as {form}")
@@ -148,14 +172,17 @@ def _for_gpu(
         start = time.perf_counter()
         model, form = export_graph(graph), precision if name in ("image", "text") else "fp32"
         report(f"{name}: {form}, held against torch")
-        runs[name] = Graph((rounded(model) if form == "bf16" else model).SerializeToString())
+        runs[name] = Graph((model if form == "fp32" else rounded(model)).SerializeToString())
         agreement = _check(recipe, gate, name, runs)
         report(f"{name}: compile")
         axes = {
             each.name: [axis.dim_param or axis.dim_value for axis in each.type.tensor_type.shape.dim]
             for each in model.graph.input
         }
-        engine = compile_engine(model.SerializeToString(), axes, target, _profiles(recipe), capabilities)
+        profiles = _profiles(recipe)
+        if name == "query":
+            profiles["rows"] = profiles["texts"]  # it is given what the text tower gave
+        engine = compile_engine(model.SerializeToString(), axes, target, profiles, capabilities)
         (folder / f"{name}.engine").write_bytes(engine)
         seconds = time.perf_counter() - start
         parts.append(Part(name, form, len(engine), seconds, agreement, None, _speed(gate, name, None)[1]))
@@ -221,9 +248,11 @@ def _manifest(
 ) -> Manifest:
     on_gpu, backbone = target in GPU_TARGETS, recipe.backbone
     agreed = {output: found.cosine for part in parts for output, found in part.agreement.items()}
-    packages = ["torch", "onnx", "onnxruntime"] + ["tensorrt-rtx-cu13-libs"] * (target == "tensorrt-rtx")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")}
+    if on_gpu:
+        versions[target] = load_module(target).__version__
     return Manifest(
-        model=recipe.name + (" and R2" if recipe.trained else ""),
+        model=backbone.name + (" and R2" if recipe.trained else ""),
         target=target,
         width=backbone.embedding,
         image_resize=backbone.resize,
@@ -234,7 +263,7 @@ def _manifest(
         calibration=recipe.calibration,
         precision={part.name: part.form for part in parts},
         parity=PENDING if on_gpu else agreed,
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions=versions,
         sources=recipe.sources,
         files=describe_files(folder),
         head=recipe.trained.shape if recipe.trained else None,

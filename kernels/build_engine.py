@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from kernels.build import PRECISIONS, Part, build
-from kernels.bundle import EMBEDDED, GPU_TARGETS, TARGETS, Manifest
+from kernels.bundle import EMBEDDED, GPU_TARGETS, TARGETS, Manifest, check_place
 from kernels.errors import InputError
 from kernels.recipe import make_recipe
-from kernels.tensorrt import CAPABILITIES
+from kernels.tensorrt import CAPABILITIES, compute_capability, load_module
 from models.errors import ModelError
 
 
@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> int:
     precision, capabilities = args.precision or PRECISIONS[args.target][0], args.compute_capability or CAPABILITIES
     if precision not in PRECISIONS[args.target]:
         raise InputError(f"{args.target} is not built in {precision}, but in {', '.join(PRECISIONS[args.target])}")
+    check_place(args.out.resolve())  # before minutes of work
+    if args.target in GPU_TARGETS:
+        module = load_module(args.target)
+        for capability in capabilities if args.target == "tensorrt-rtx" else ():
+            compute_capability(module, capability)
     errors = Console(stderr=True, highlight=False)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -96,7 +101,7 @@ def _print(console: Console, manifest: Manifest, parts: Sequence[Part]) -> None:
             table.add_row(output, "", "", "", f"{cosine:.6f}", f"{error:.1e}")
         cells = f"{part.bytes / 1e6:.1f}", f"{part.seconds:.1f}", "", "", f"{part.torch_ms:.2f}"
         table.add_row(f"[bold]{part.name}", part.form, *cells, *speed, end_section=True)
-    console.width = max(console.width, 100)  # a table that is cut tells nothing
+    console.width = max(console.width, 120)  # a table that is cut tells nothing
     console.print(table)
 
 

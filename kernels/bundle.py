@@ -25,6 +25,8 @@ built where they could not be run, so they also hold what torch gave for some sa
 
 import hashlib
 import json
+import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,17 @@ class Manifest:
     head: HeadShape | None = None  # None: zero-shot
     profiles: dict[str, list[int]] = field(default_factory=dict)  # GPU: axis -> least, usual and largest length
     compute_capabilities: list[str] = field(default_factory=list)  # GPU: such as "8.6"; none: that which built it
+    parity_on: str = ""  # GPU: the one on which it was found
     onnx_parity: dict[str, float] = field(default_factory=dict)  # GPU: of the ONNX that the engines were made from
 
     def write(self, folder: Path) -> None:
-        (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        """Put it into the folder, whole or not at all: a bundle without it is lost."""
+        scratch = folder / f".manifest.{os.getpid()}"
+        try:
+            scratch.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+            scratch.replace(folder / "manifest.json")
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -87,6 +96,23 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
         for path in sorted(folder.iterdir())
         if path.name != "manifest.json"
     }
+
+
+def check_place(out: Path) -> None:
+    """
+    Raises:
+        BundleError: something stands there that is not a bundle and nothing but one.
+    """
+    try:
+        names = {path.name for path in out.iterdir()} if out.is_dir() else None
+        if not out.exists() or names == set():
+            return
+        fields = json.loads((out / "manifest.json").read_text())
+        if names and "format" in fields and names <= {"manifest.json", *fields["files"]}:
+            return
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise BundleError(f"{out} is there, and is no engine bundle or more than one: give another --out")
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -112,13 +138,8 @@ def load_manifest(folder: Path) -> Manifest:
     except TypeError as error:
         problem = str(error).partition("__init__() ")[2] or str(error)
         raise BundleError(f"{folder}/manifest.json is damaged: {problem}; build it again") from None
-    sound = isinstance(manifest.files, dict) and all(
-        isinstance(file, dict) and {"sha256", "bytes"} <= file.keys() for file in manifest.files.values()
-    )
-    numbers = [*manifest.calibration.values()] if isinstance(manifest.calibration, dict) else [None]
-    numbers += list(asdict(manifest.head).values()) if manifest.head else []
-    if not sound or not {"floor", "centre", "slope"} <= manifest.calibration.keys() or not all(map(_number, numbers)):
-        raise BundleError(f"{folder}/manifest.json is damaged: files, calibration or head; build it again")
+    if wrong := _unsound(manifest):
+        raise BundleError(f"{folder}/manifest.json is damaged: {wrong}; build it again")
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -128,8 +149,32 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _unsound(m: Manifest) -> str | None:
+    """The first field that cannot be right."""
+    files, calibration, wanted = m.files, m.calibration, {"floor", "centre", "slope"}
+    checks = {
+        "files": isinstance(files, dict)
+        and all(isinstance(file, dict) and {"sha256", "bytes"} <= file.keys() for file in files.values()),
+        "calibration": isinstance(calibration, dict)
+        and wanted <= calibration.keys() <= wanted | {"temperature"}
+        and all(map(_number, calibration.values()))
+        and calibration.get("temperature", 0) >= 0,
+        "head": m.head is None or all(map(_number, asdict(m.head).values())),
+        "width, image_resize, image_size or max_tokens": all(
+            isinstance(each, int) and each > 0 for each in (m.width, m.image_resize, m.image_size, m.max_tokens)
+        ),
+        "mean or std": all(
+            isinstance(each, list) and len(each) == 3 and all(map(_number, each)) for each in (m.mean, m.std)
+        ),
+        "precision, profiles or compute_capabilities": isinstance(m.precision, dict)
+        and isinstance(m.profiles, dict)
+        and isinstance(m.compute_capabilities, list),
+    }
+    return next((name for name, sound in checks.items() if not sound), None)
+
+
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _sha256(path: Path) -> str:

@@ -58,8 +58,8 @@ class Engine:
             threads: for one operator on a CPU; 0 leaves the choice to ONNX Runtime (one per core).
             zero_shot: leave a trained head out: what remains serves any hop.
         """
-        self.manifest: Manifest = load_manifest(folder)
-        self._runtime = _runtime(folder, self.manifest, threads)
+        self._runtime = _runtime(folder, load_manifest(folder), threads)
+        self.manifest: Manifest = self._runtime.manifest
         self._text = self._runtime.graph("text")
         shape = None if zero_shot else self.manifest.head
         self.head: Head | None = None
@@ -75,6 +75,8 @@ class Engine:
         except Exception as error:  # tokenizers raises bare Exception
             line = str(error).splitlines()[0]
             raise BundleError(f"engine bundle {folder} cannot be loaded: {line}") from error
+        if self.distractors is not None and self.distractors.shape[1:] != (self.manifest.width,):
+            raise BundleError(f"{folder}/distractors.npy does not fit the engines: build the bundle again")
         # Lengths are checked below, and a batch is padded to its longest text only.
         self._tokenizer.no_truncation()
         self._tokenizer.enable_padding()

@@ -66,7 +66,8 @@ class GpuRuntime:
         with self.device.current():
             self._library = Library(module, module.Runtime(messages.logger), messages)
             self.crops = Crops(self.device, manifest)
-        self.manifest = confirm(folder, manifest, self.sample)
+        gpu = f"{self.device.name}, compute capability {self.device.compute_capability}"
+        self.manifest = confirm(folder, manifest, gpu, self.sample)
         self._image = self.graph("image")
 
     def graph(self, name: str) -> "GpuGraph":

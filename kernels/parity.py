@@ -175,6 +175,8 @@ def _judge(name: str, pairs: Iterable[Sequence[Arrays]]) -> dict[str, Agreement]
 
 
 def _largest_error(given: NDArray[Any], want: NDArray[Any]) -> float:
+    if given.shape != want.shape:
+        return np.inf
     finite = np.isfinite(want)
     return float(np.abs(given[finite].astype(np.float64) - want[finite]).max(initial=0.0))
 

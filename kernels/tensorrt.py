@@ -80,6 +80,9 @@ def compile_engine(
             shapes = ([each if isinstance(each, int) else profiles[each][i] for each in lengths] for i in range(3))
             profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
+    config.clear_flag(
+        trt.BuilderFlag.TF32
+    )  # what the graph has in fp32 is to stay so: a state must not lose by the hour
     if target == "tensorrt-rtx":
         config.num_compute_capabilities = len(capabilities)
         for place, capability in enumerate(capabilities):
@@ -96,13 +99,13 @@ def compute_capability(module: Any, capability: str) -> Any:
     Raises:
         BundleError: it does not know it.
     """
-    known = module.ComputeCapability.__members__
-    found = known.get("SM" + capability.replace(".", ""))
-    if found is None:
-        names = sorted(name.removeprefix("SM") for name in known if name.startswith("SM"))
-        takes = ", ".join(f"{name[:-1]}.{name[-1]}" for name in names)
-        raise BundleError(f"TensorRT-RTX does not build for compute capability {capability}, but for {takes}")
-    return found
+    members = module.ComputeCapability.__members__
+    known = {f"{name[2:-1]}.{name[-1]}": each for name, each in members.items() if name.startswith("SM")}
+    if capability not in known:
+        raise BundleError(
+            f"TensorRT-RTX does not build for compute capability {capability}, but for {', '.join(known)}"
+        )
+    return known[capability]
 
 
 def _line(message: str) -> str:

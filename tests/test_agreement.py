@@ -15,6 +15,8 @@ from kernels.agreement import PARITY, confirm, load_samples, worst_cosine
 from kernels.bundle import EMBEDDED, Manifest, load_manifest
 from kernels.errors import BundleError
 
+GPU = "a card, compute capability 8.6"
+
 # -- agreement
 
 
@@ -60,7 +62,15 @@ def test_padding_must_be_infinite_on_both_sides() -> None:
         given = want.copy()
         given[2, 6, 3] = value
         assert worst_cosine(given, want) == -1.0
+    assert worst_cosine(want, np.where(want > 2, np.nan, want)) == -1.0, "what torch has no answer for"
     assert worst_cosine(want[:4], want) == -1.0 and worst_cosine(want[:1], want) == -1.0
+
+
+def test_numbers_are_held_to_their_size_too() -> None:
+    """Scores are divided by a spread: twice as large it would still point the same way."""
+    want = np.abs(vectors()[:, 0, 0]) + 1
+    assert worst_cosine(1.01 * want, want) > PARITY > worst_cosine(1.05 * want, want)
+    assert worst_cosine(0 * want, 0 * want) == 1.0 and worst_cosine(want, 0 * want) < PARITY
 
 
 # -- the first load
@@ -78,7 +88,7 @@ def save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def pending(tmp_path: Path) -> tuple[Path, Manifest]:
     """A bundle that has met no GPU."""
     shutil.copytree(EMBEDDED, tmp_path / "bundle")
-    manifest = replace(load_manifest(EMBEDDED), parity="pending")
+    manifest = replace(load_manifest(EMBEDDED), parity="pending", precision={"image": "fp16"})
     manifest.write(tmp_path / "bundle")
     pixels = np.random.default_rng(2).normal(size=(4, 9)).astype(np.float32)
     outputs = {f"image/out/{name}": each for name, each in double("image", {"pixels": pixels}).items()}
@@ -88,14 +98,22 @@ def pending(tmp_path: Path) -> tuple[Path, Manifest]:
 
 def test_the_first_load_writes_down_that_the_engines_are_right(pending: tuple[Path, Manifest]) -> None:
     folder, manifest = pending
-    checked = confirm(folder, manifest, double)
+    checked = confirm(folder, manifest, GPU, double)
     assert checked.parity == {"image.pooled": 1.0, "image.level": 1.0}
-    assert load_manifest(folder) == checked == replace(manifest, parity=checked.parity)
+    assert load_manifest(folder) == checked == replace(manifest, parity=checked.parity, parity_on=GPU)
 
     def never(name: str, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         raise AssertionError("it was checked before")
 
-    assert confirm(folder, checked, never) is checked
+    assert confirm(folder, checked, GPU, never) is checked
+    with pytest.raises(AssertionError):
+        confirm(folder, checked, "another card", never)
+
+
+def test_an_engine_without_samples_is_not_taken_for_right(pending: tuple[Path, Manifest]) -> None:
+    folder, manifest = pending
+    with pytest.raises(BundleError, match=r"reference\.npz holds nothing to check text against"):
+        confirm(folder, replace(manifest, precision={"image": "fp16", "text": "fp16"}), GPU, double)
 
 
 def test_the_first_load_refuses_engines_that_are_wrong(pending: tuple[Path, Manifest]) -> None:
@@ -107,7 +125,7 @@ def test_the_first_load_refuses_engines_that_are_wrong(pending: tuple[Path, Mani
         return found
 
     with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch, worst cosine -?0\.\d+") as caught:
-        confirm(folder, manifest, wrong)
+        confirm(folder, manifest, GPU, wrong)
     assert "\n" not in str(caught.value)
     assert json.loads((folder / "manifest.json").read_text())["parity"] == "pending"
 
@@ -116,7 +134,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_first_load(pending: t
     folder, manifest = pending
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").mkdir()  # which stops even root
-    assert confirm(folder, manifest, double).parity == {"image.pooled": 1.0, "image.level": 1.0}
+    assert confirm(folder, manifest, GPU, double).parity == {"image.pooled": 1.0, "image.level": 1.0}
 
 
 @pytest.mark.parametrize("damage", ["missing", "no archive", "other names", "empty"])
@@ -130,7 +148,7 @@ def test_a_damaged_reference_is_told_in_one_line(damage: str, pending: tuple[Pat
     else:
         save(path, {"pixels": np.zeros(3)} if damage == "other names" else {})
     with pytest.raises(BundleError, match=r"reference\.npz .*build the bundle again$") as caught:
-        confirm(folder, manifest, double)
+        confirm(folder, manifest, GPU, double)
     assert "\n" not in str(caught.value)
 
 

@@ -28,7 +28,7 @@ from kernels.preprocess import crop
 from kernels.quantise import fold_constants, quantise
 from kernels.recipe import Recipe, make_recipe
 from kernels.rounding import rounded
-from kernels.tensorrt import CAPABILITIES
+from kernels.tensorrt import CAPABILITIES, compute_capability, load_module
 from livemoments import main
 from models.checkpoint import Provenance, save_checkpoint
 from models.clip import VIT_B32
@@ -322,13 +322,14 @@ def test_a_planted_error_leaves_no_bundle(
 
 
 def test_an_overflow_of_fp16_is_refused_and_bf16_is_not(clip: Path, tmp_path: Path) -> None:
-    """Activations of 10^6 in the middle of a block: harmless in fp32, infinite in fp16."""
+    """Activations of 10^5 in the middle of a block, of weights that fp16 holds: harmless in fp32, infinite in fp16."""
     recipe = make_recipe(str(clip), None)
-    block = recipe.backbone.pixels.get_submodule("encoder.layers.0.self_attn")
+    block = recipe.backbone.pixels.get_submodule("encoder.layers.0.mlp")
     with torch.no_grad():
-        block.get_parameter("v_proj.weight").mul_(1e7)
-        block.get_parameter("v_proj.bias").mul_(1e7)
-        block.get_parameter("out_proj.weight").div_(1e7)
+        for name in ("fc1.weight", "fc1.bias"):
+            block.get_parameter(name).mul_(2e5)
+            assert float(block.get_parameter(name).abs().max()) < 65504
+        block.get_parameter("fc2.weight").div_(2e5)
     with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch: worst cosine -1"):
         build(recipe, "tensorrt-rtx", "fp16", tmp_path / "fp16")
     assert list(tmp_path.iterdir()) == []
@@ -384,6 +385,8 @@ def test_a_mistake_is_told_in_one_line(
 def test_a_capability_that_the_compiler_lacks_is_told(tiny: Recipe, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"does not build for compute capability 9\.0, but for .*8\.6"):
         build(tiny, "tensorrt-rtx", "fp16", tmp_path / "bundle", capabilities=["9.0"])
+    with pytest.raises(BundleError, match="does not build for compute capability 86, but for"):
+        compute_capability(load_module("tensorrt-rtx"), "86")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -403,11 +406,45 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(
     tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="is there and is no engine bundle: give another --out"):
-        build(tiny, "onnxruntime", "fp32", tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    for name, text in {"": "", "manifest.json": '{"name": "a web app"}'}.items():
+        if name:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(BundleError, match="is there, and is no engine bundle or more than one: give another --out"):
+            build(tiny, "onnxruntime", "fp32", tmp_path)
+        assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert main(["build-engine", "--model", "lite", "--out", str(EMBEDDED)]) == 2
     assert "it would lose its trained head" in capsys.readouterr().err
+
+
+def test_what_lies_beside_a_bundle_is_never_removed(plain: Path, tiny: Recipe, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "bundle"))
+    (folder / "best.safetensors").write_text("weeks of training")
+    with pytest.raises(BundleError, match="more than one"):
+        build(tiny, "onnxruntime", "fp32", folder)
+    assert (folder / "best.safetensors").exists() and load_manifest(folder)
+
+
+def test_a_build_that_is_interrupted_in_its_last_step_keeps_the_old_bundle(
+    plain: Path, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = Path(shutil.copytree(plain, tmp_path / "bundle")), Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny, "onnxruntime", "fp32", folder)
+    assert load_manifest(folder) and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_link_to_a_bundle_is_followed(plain: Path, tiny: Recipe, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "real"))
+    (tmp_path / "link").symlink_to(folder)
+    manifest, _ = build(tiny, "onnxruntime", "fp16", tmp_path / "link")
+    assert load_manifest(folder) == manifest and (tmp_path / "link").is_symlink()
 
 
 def test_another_backbone_under_a_head_is_refused(
@@ -423,6 +460,13 @@ def test_another_backbone_under_a_head_is_refused(
     [
         ("target", "abacus", "is built for abacus, which this version does not run"),
         ("image_size", 32, "does not fit its engines, in image_size or head"),
+        ("image_size", "32", "manifest.json is damaged: width, image_resize, image_size or max_tokens"),
+        ("calibration", [], "manifest.json is damaged: calibration"),
+        ("calibration", {"floor": 0, "centre": 1, "slope": 1, "level": 2}, "manifest.json is damaged: calibration"),
+        ("calibration", {"floor": 0, "centre": 1, "slope": 1, "temperature": -1}, "is damaged: calibration"),
+        ("mean", None, "manifest.json is damaged: mean or std"),
+        ("profiles", None, "manifest.json is damaged: precision, profiles or compute_capabilities"),
+        ("width", 99, "distractors.npy does not fit the engines"),
     ],
 )
 def test_a_bundle_that_does_not_fit_is_refused_at_load(
