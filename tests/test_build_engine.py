@@ -151,8 +151,8 @@ def test_a_head_on_a_clip_is_built_and_serves(checkpoint: Path, tmp_path: Path) 
 class TorchRuntime:
     """The graphs of a recipe in torch, in the place of a bundle's."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.graphs = recipe, recipe.crop_graphs()
+    def __init__(self, recipe: Recipe, manifest: Manifest) -> None:
+        self.recipe, self.manifest, self.graphs = recipe, manifest, recipe.crop_graphs()
 
     def graph(self, name: str) -> Callable[..., Mapping[str, NDArray[Any]]]:
         def call(**inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -201,7 +201,7 @@ def test_every_cpu_bundle_tells_the_moments_of_torch(
     for precision in PRECISIONS["onnxruntime"]:
         build(recipe, "onnxruntime", precision, tmp_path / precision)
     with monkeypatch.context() as patch:
-        patch.setattr("kernels.engine._runtime", lambda *_: TorchRuntime(recipe))
+        patch.setattr("kernels.engine._runtime", lambda _folder, manifest, _threads: TorchRuntime(recipe, manifest))
         reference = Engine(tmp_path / "fp32")
     for stream in streams:
         video = shared_data / "clips" / f"{stream['vid']}.mp4"
