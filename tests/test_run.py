@@ -323,9 +323,9 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("run", "subscribe", "metrics", "bench"))
-    assert not any(name in shown for name in ("serve", "build-engine"))
-    for words in (["run"], ["subscribe"], ["metrics"], ["bench"], ["bench", "accuracy"], ["bench", "latency"]):
+    assert all(name in shown for name in ("run", "subscribe", "metrics", "bench", "build-engine"))
+    assert "serve" not in shown
+    for words in (["run"], ["subscribe"], ["metrics"], ["bench"], ["bench", "accuracy"], ["build-engine"]):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--help"])
         assert ended.value.code == 0
