@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lite: $(VENV)/.dev
 	$(BIN)/livemoments build-engine --model lite --out $(OUT)/lite
