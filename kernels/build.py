@@ -122,8 +122,10 @@ def _build(
     report("distractor texts")
     if texts := list(recipe.distractors()):
         np.save(folder / "distractors.npy", torch.cat(texts).half().numpy())
-    make = _for_gpu if target in GPU_TARGETS else _for_cpu
-    parts = make(recipe, target, precision, folder, report, capabilities)
+    if target in GPU_TARGETS:
+        parts = _for_gpu(recipe, target, precision, folder, report, capabilities)
+    else:
+        parts = _for_cpu(recipe, precision, folder, report)
     manifest = _manifest(recipe, target, folder, parts, capabilities)
     size = sum(each["bytes"] for each in manifest.files.values())
     if embedded and size > _EMBEDDED_BYTES:
@@ -132,9 +134,7 @@ def _build(
     return manifest, parts
 
 
-def _for_cpu(
-    recipe: Recipe, _target: str, precision: str, folder: Path, report: Report, _capabilities: Sequence[str]
-) -> list[Part]:
+def _for_cpu(recipe: Recipe, precision: str, folder: Path, report: Report) -> list[Part]:
     graphs = recipe.crop_graphs()
     gate, runs, parts = Gate(recipe, graphs), dict[str, Graph](), []
     for name, graph in graphs.items():

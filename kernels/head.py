@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.bundle import HeadShape
+from kernels.ring import append, gather_rows
 from kernels.saliency import Floats, logistic
 
 Maps = Mapping[str, Floats]
@@ -63,20 +64,17 @@ class HostRows:
         self._stacked: dict[str, Floats] = {}
 
     def settle(self, places: NDArray[np.int64], queries: Sequence[Maps]) -> None:
-        old = places >= 0
-        for name, ring in self.rings.items():
-            self.rings[name] = np.zeros((len(places), *ring.shape[1:]), np.float32)
-            self.rings[name][old] = ring[places[old]]
+        self.rings = {name: gather_rows(ring, places) for name, ring in self.rings.items()}
         self._stacked = stack(queries)
 
     def inputs(self) -> Mapping[str, Floats]:
         return {**self._stacked, **self.rings}
 
     def append(self, outputs: Mapping[str, Floats], count: NDArray[np.int64]) -> None:
-        rows = np.arange(len(count))
         for name, ring in self.rings.items():
-            slots = np.moveaxis(ring, -2, 1)  # a view: (R, length, ..)
-            slots[rows, count % slots.shape[1]] = outputs[f"new_{name}"]
+            columns, rows = outputs[f"new_{name}"], len(count)
+            flat = ring.reshape(rows, -1, *ring.shape[-2:])  # a view: it is written in place
+            append(flat, columns.reshape(rows, -1, columns.shape[-1]), count)
 
 
 class HeadState:
@@ -127,10 +125,7 @@ class HeadState:
     def _settle(self) -> None:
         places = np.array(self._places, np.int64)
         self._rows.settle(places, self._queries)
-        old = places >= 0
-        count = np.zeros(len(places), np.int64)
-        count[old] = self.count[places[old]]
-        self.count = count
+        self.count = gather_rows(self.count, places)
         self._places, self._moved = list(range(len(places))), False
 
 

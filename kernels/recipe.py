@@ -48,22 +48,21 @@ class Trained:
 class Recipe:
     """A backbone with or without a head."""
 
-    name: str  # of the backbone: "lite", a folder, or a name on the hub
     backbone: Backbone
     trained: Trained | None
 
     @property
     def calibration(self) -> dict[str, float]:
         """Of zero-shot scores, see `kernels.saliency.Calibration`."""
-        return {"floor": self.backbone.floor} | (_LITE if self.name == "lite" else _CLIP)
+        return {"floor": self.backbone.floor} | (_LITE if self.backbone.name == "lite" else _CLIP)
 
     @property
     def sources(self) -> list[dict[str, str]]:
         """Where the weights come from."""
         version = importlib.metadata.version
         found = [{"package": each, "version": version(each), "licence": text} for each, text in _PACKAGES.items()]
-        if self.name != "lite":
-            found = [{"model": self.name, "licence": "see there"}]
+        if self.backbone.name != "lite":
+            found = [{"model": self.backbone.name, "licence": "see there"}]
         if self.trained:
             ours = {"package": "livemoments", "version": version("livemoments"), "licence": "Apache-2.0"}
             found.append(ours | {"trained": self.trained.source})
@@ -89,7 +88,7 @@ class Recipe:
 
         The calibration of lite has its own background (models/lite.py).
         """
-        if self.name == "lite":
+        if self.backbone.name == "lite":
             return
         texts = class_captions()
         for start in range(0, len(texts), 32):
@@ -169,7 +168,7 @@ def make_recipe(name: str | None, checkpoint: Path | None) -> Recipe:
     """
     if checkpoint is None:
         name = CLIP if name in (None, "clip") else name
-        return Recipe(name, load_backbone(name, 1), None)
+        return Recipe(load_backbone(name, 1), None)
     model, provenance = load_checkpoint(checkpoint, mode="causal")
     if set(provenance.calibration) != {"centre", "slope"}:
         raise ModelError(f"{checkpoint} carries no calibration (centre and slope), so its scores would mean nothing")
@@ -184,4 +183,4 @@ def make_recipe(name: str | None, checkpoint: Path | None) -> Recipe:
     shape = HeadShape(
         c.depth, c.window, c.width, c.heads, heads.reach, heads.column, provenance.hop_s, **provenance.calibration
     )
-    return Recipe(name, backbone, Trained(model, shape, provenance.source))
+    return Recipe(backbone, Trained(model, shape, provenance.source))

@@ -74,7 +74,7 @@ def advance(count: Counts, active: Active = None) -> None:
     count[_rows(count, active)] += 1
 
 
-def gather_rows(old: NDArray[Any], place: NDArray[np.int32]) -> NDArray[Any]:
+def gather_rows(old: NDArray[Any], place: NDArray[np.int32] | NDArray[np.int64]) -> NDArray[Any]:
     """Rows after queries came or went: row r is what lay at place[r], or 0 where that is negative."""
     new = np.zeros((len(place), *old.shape[1:]), old.dtype)
     kept = place >= 0
