@@ -25,7 +25,7 @@ from kernels.errors import BundleError
 from kernels.export import export
 from kernels.onnx_runtime import Graph
 from kernels.parity import Agreement, Gate
-from kernels.quantise import fold_constants, quantise
+from kernels.quantise import fold_constants, fuse_attention, quantise
 from kernels.recipe import Recipe
 from kernels.rounding import rounded
 from kernels.tensorrt import CAPABILITIES, compile_engine, load_module
@@ -221,7 +221,7 @@ def formed(exported: onnx.ModelProto, form: str) -> onnx.ModelProto:
     elif form == "int8":
         model = fold_constants(model)
         compress(model, {"Conv": "fp16", "Gemm": "fp16", "Gather": "int8"})
-        model = quantise(model)
+        model = fuse_attention(quantise(model))
     return model
 
 

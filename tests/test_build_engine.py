@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from kernels.build import PRECISIONS, build, export_graph
+from kernels.build import PRECISIONS, build, export_graph, formed
 from kernels.bundle import EMBEDDED, Manifest, load_manifest
 from kernels.engine import Engine
 from kernels.errors import BundleError
@@ -25,7 +26,7 @@ from kernels.head import HostRows
 from kernels.onnx_runtime import Graph
 from kernels.parity import real_crops
 from kernels.preprocess import crop
-from kernels.quantise import fold_constants, quantise
+from kernels.quantise import fold_constants, fuse_attention, quantise
 from kernels.recipe import Recipe, make_recipe
 from kernels.rounding import rounded
 from kernels.tensorrt import CAPABILITIES, compute_capability, load_module
@@ -158,6 +159,7 @@ def test_a_head_on_a_clip_is_built_and_serves(checkpoint: Path, tmp_path: Path) 
     manifest, _ = build(make_recipe(None, checkpoint), "onnxruntime", "int8", tmp_path / "bundle")
     assert manifest.head is not None and manifest.head.depth == 2
     assert {manifest.precision[name] for name in ("video", "query", "head")} == {"fp16 weights"}
+    assert manifest.precision["image"] == "int8", "it does not agree with torch in layers and pooled"
     engine = Engine(tmp_path / "bundle")
     session = Session(engine, "cam", NS, MomentOptions(), recorded=True)
     session.add(make_query(engine, "a dog"))
@@ -363,13 +365,38 @@ def test_a_refused_build_leaves_the_old_bundle_alone(
 
 
 def test_products_by_constants_are_whole_numbers_and_no_others(tiny: Recipe) -> None:
-    graph = tiny.crop_graphs()["image"]
-    model = quantise(fold_constants(export_graph(graph)))
-    kinds = [node.op_type for node in model.graph.node]
+    image, text = (kinds(formed(export_graph(tiny.crop_graphs()[each]), "int8")) for each in ("image", "text"))
     blocks = TINY.image.layers
-    # Of a block: one for queries, keys and values, one behind the attention, two of the MLP; and before and after them.
-    assert kinds.count("MatMulInteger") == 4 * blocks + 2
-    assert kinds.count("MatMul") == 2 * blocks  # scores, and what is mixed by them
+    # Of a block: one behind the attention, two of the MLP; and before and after all blocks.
+    assert image["MatMulInteger"] == 3 * blocks + 2
+    assert image["QAttention"] == blocks  # with the product of queries, keys and values in it
+    assert not {"MatMul", "Softmax", "Split"} & set(image)
+    # A text has a mask, which keeps its attention as it was: scores, and what is mixed by them.
+    assert text["MatMulInteger"] == 4 * TINY.text.layers + 1
+    assert text["MatMul"] == 2 * TINY.text.layers and "QAttention" not in text
+
+
+def test_a_fused_attention_gives_what_its_parts_gave(clip: Path) -> None:
+    recipe = make_recipe(str(clip), None)
+    blocks = recipe.backbone.pixels.get_submodule("encoder.layers")
+    with torch.no_grad():
+        for name, weight in blocks.named_parameters():
+            if "q_proj" in name:
+                weight.mul_(40)  # random weights look at all alike, and no error of a scale would be seen
+    parts = quantise(fold_constants(export_graph(recipe.crop_graphs()["image"])))
+    crops = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), dtype=np.uint8)
+    whole, unfused = (Graph(each.SerializeToString())(crops=crops) for each in (fuse_attention(parts), parts))
+    np.testing.assert_allclose(whole["pooled"], unfused["pooled"], rtol=0, atol=1e-5)
+
+
+def kinds(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def test_no_other_form_has_operators_of_one_runtime(tiny: Recipe) -> None:
+    crops, pixels = tiny.crop_graphs()["image"], tiny.pixel_graphs()["image"]
+    for graph, form in (crops, "fp32"), (crops, "fp16 weights"), (pixels, "fp32"):
+        assert {node.domain for node in formed(export_graph(graph), form).graph.node} == {""}
 
 
 # -- the command
