@@ -1,6 +1,7 @@
 # Everything a fresh Debian machine needs comes with these targets: system packages by apt, the rest by pip into .venv.
 #   make demo     a live stream on loopback, three text queries, moments in the terminal (about a minute)
 #   make test     style, types and tests
+#   make soak     the tests that take longer: what fails again and again, for an hour
 #   make lite     build the engine bundle without a trained head (out/lite); `make head` builds the embedded one
 #   make gpu-check  on a machine with an NVIDIA GPU: kernels and engines against their references, and how fast they are
 #   make head     train the head of lite: splices, features, training, bundle (about an hour on 2 cores)
@@ -17,7 +18,7 @@ APT := python3-dev python3-venv gcc g++ pkg-config libcairo2-dev libgirepository
 	gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly \
 	gstreamer1.0-libav gstreamer1.0-rtsp
 
-.PHONY: demo test lite head splices gpu-check system clean
+.PHONY: demo test soak lite head splices gpu-check system clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
@@ -27,6 +28,9 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+soak: $(VENV)/.dev
+	$(BIN)/pytest -m soak --durations 0
 
 lite: $(VENV)/.dev
 	$(BIN)/livemoments build-engine --model lite --out $(OUT)/lite

@@ -18,11 +18,32 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[
     return run.run
 
 
+def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    from stream.service import serve
+
+    serve.add_arguments(parser)
+    return serve.run
+
+
+def _check_config(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    from stream.config import check
+
+    check.add_arguments(parser)
+    return check.run
+
+
 def _subscribe(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
-    from stream import subscribe
+    from stream.client import subscribe
 
     subscribe.add_arguments(parser)
     return subscribe.run
+
+
+def _control(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    from stream.client import control
+
+    control.add_arguments(parser, arguments)
+    return control.run
 
 
 def _build_engine(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
@@ -68,7 +89,10 @@ def _metrics(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Calla
 
 COMMANDS = {
     "run": (_run, "watch one source for text queries and tell the moments as they come"),
+    "serve": (_serve, "watch many streams for queries that come and go, and tell whoever listens"),
+    "check-config": (_check_config, "say what is wrong with a config of serve, or what it says"),
     "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
+    "control": (_control, "ask a running service about its streams and queries, or change its streams"),
     "extract": (_extract, "make the features of recordings and queries, once, for training"),
     "train": (_train, "train the model on features and truth: a checkpoint, a table and a picture"),
     "build-engine": (_build_engine, "compile a backbone or a checkpoint for a CPU or a GPU, and hold it against torch"),

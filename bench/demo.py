@@ -20,9 +20,9 @@ from rich.table import Table
 
 from bench.camera import clips_folder, free_port, serve, start, wait_for_port
 from kernels.errors import InputError, LivemomentsError
+from stream.client.subscribe import Request, listen
 from stream.output import check_folder, write
 from stream.predictions import to_jsonl
-from stream.subscribe import listen
 from trainer.render import FPS, Kind, Segment, render
 
 STREAM = "demo"
@@ -135,7 +135,7 @@ def show(console: Console) -> dict[str, Found]:
         console.print(f"$ livemoments {shlex.join(subscribe)}\n", style="bold")
         wait_for_port(ws, watcher)
         start(stack, "livemoments", *subscribe, stdout=None)
-        with closing(listen(f"ws://127.0.0.1:{ws}", list(found), None)) as items:
+        with closing(listen(Request(f"ws://127.0.0.1:{ws}", list(found)))) as items:
             for item in items:
                 if isinstance(item, dict) and "data" in item:
                     _note(item, found)

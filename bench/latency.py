@@ -1,21 +1,23 @@
 """`livemoments bench latency`: glass to event on a live RTSP stream, and what each stage takes of it.
 
-A camera on loopback, in a process of its own, serves H.264 and stamps each frame with its clock (RTCP). The rest is the
-code of `livemoments run --publish`, with a WebSocket client listening. The threshold is set so low that every query
+A camera on loopback, in a process of its own, serves H.264 and stamps each frame with its clock (RTCP). `livemoments
+serve` watches it, its log on disk, with a WebSocket client listening. The threshold is set so low that every query
 tells something at every window: the worst case for publishing.
+
+`--compare-queries` needs no stream: windows of two sessions on the same recorded frames, which take turns.
 """
 
 import argparse
 import json
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,131 +25,161 @@ from rich.table import Table
 from bench.camera import serve, street_scene
 from bench.environment import environment
 from bench.plots import plot_latency
-from kernels.bundle import EMBEDDED
+from bench.service import EVERY_WINDOW, FPS, SIZE, WARM_UP_S, Listener, Served, Setup, setup_of, texts
+from bench.service import add_arguments as add_service_arguments
 from kernels.engine import Engine
 from kernels.errors import InputError
+from stream.config.schema import Limits
 from stream.detector import make_query
+from stream.history import History
 from stream.ingest import open_source
 from stream.moments import MomentOptions
+from stream.one_stream import OneStream
 from stream.output import check_writable
-from stream.publish import Sockets
 from stream.report import percentiles
-from stream.run import play
-from stream.session import Session, Timings
+from stream.session import Session
 from stream.sources import parse_source
-from stream.types import NS
-from stream.websocket import Client
+from stream.timings import Timings
+from stream.types import Frame
 from stream.window import hop_from_seconds
 
-QUERIES = (
-    "a cartoon rabbit on a meadow",
-    "cars in a city street",
-    "a bicycle leaning on a fence",
-    "a person enters the room",
-    "a goal is scored",
-    "a dog runs along the beach",
-    "a man in a suit and a bow tie",
-    "a train arrives at the station",
-)
-WARM_UP_S = 10  # the camera's clock comes with its first RTCP report; caches fill; all of it is left out
-SIZE, FPS = (1280, 720), 25
+STAGES = ("decode", "wait", "image", "head", "publish", "delivery")
+"""Capture to decoder; conversion and queues; crop and engine; all queries; making events; storing and handing out."""
+REST = ("wait", "head", "publish", "delivery")
+COMPARED = (10, 100)  # queries
+FIRST = 10  # windows of a comparison that are left out: caches fill
+
+Durations = dict[str, NDArray[np.int64]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=int, default=120, help="how long to measure (default 120)")
-    parser.add_argument("--hop", type=float, default=1.0, metavar="S", help="seconds between windows (default 1)")
-    parser.add_argument("--engine", type=Path, default=EMBEDDED, metavar="DIR", help="engine bundle (default: lite)")
-    parser.add_argument("--zero-shot", action="store_true", help="leave the engine's trained head out, at any --hop")
+    add_service_arguments(parser)
+    parser.add_argument("--seconds", type=int, default=120, metavar="S", help="of stream to measure (default 120)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies as a histogram")
+    parser.add_argument(
+        "--compare-queries", action="store_true", help="instead: windows with 10 and with 100 queries on a recording"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    hop_ns = hop_from_seconds(args.hop)
+    setup = setup_of(args)
     if args.seconds < 5:
         raise InputError(f"--seconds must be at least 5, got {args.seconds}")
+    if args.plot and args.compare_queries:
+        raise InputError("--plot draws the latencies of a live stream: leave it or --compare-queries out")
     if args.plot:
         check_writable(args.plot)
-    engine, console = Engine(args.engine, zero_shot=args.zero_shot), Console(stderr=True, highlight=False)
-    timings, delivered = measure(engine, hop_ns, args.seconds, console)
-    result = summarise(timings, delivered)
-    _print(Console(highlight=False), result)
+    progress, console = Console(stderr=True, highlight=False), Console(highlight=False)
+    if args.compare_queries:
+        result = compare(setup, args.seconds, progress)
+        _print_comparison(console, result)
+        print(json.dumps(result | setup.describe() | {"queries": list(COMPARED)} | environment()))
+        return 0
+    durations, late = measure(setup, args.seconds, progress)
+    result = summarise(durations, late)
+    _print(console, result)
     if args.plot:
-        plot_latency(timings.total.values() / 1e6, np.asarray(delivered) / 1e6, args.plot)
-    print(
-        json.dumps(
-            result
-            | {"queries": len(QUERIES), "size": list(SIZE), "hop_s": args.hop, "zero_shot": engine.head is None}
-            | environment()
-        )
-    )
+        plot_latency(durations["total"] / 1e6, late[:, 1] / 1e6, args.plot)
+    print(json.dumps(result | setup.describe() | environment()))
     return 0
 
 
-def measure(engine: Engine, hop_ns: int, seconds: int, console: Console) -> tuple[Timings, list[int]]:
-    """Stage timings of the windows after the warm-up, and the ns from capture to the client's hands of every event."""
-    queries = [make_query(engine, text) for text in QUERIES]
-    options = MomentOptions(threshold=1e-9, hysteresis=0.0, update_s=0.0)
-    delivered: list[int] = []
+def measure(setup: Setup, seconds: int, console: Console) -> tuple[Durations, NDArray[np.int64]]:
+    """ns that each stage took, and (n, 2) ns from capture to publish and to the client's hands, after the warm-up."""
     with ExitStack() as stack:
         video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "camera.mp4"
         with console.status("making a 720p stream out of real clips"):
             street_scene(video, SIZE, FPS)
         url = serve(stack, video, loop=True)
-        sockets = stack.enter_context(Sockets(0, 0, engine, queries))
-        source = open_source(parse_source(url), hop_ns=hop_ns)
-        stack.callback(source.close)
-        session = Session(engine, source.name, hop_ns, options, recorded=False, tell=sockets.tell)
-        for query in queries:
-            session.add(query)
-        client = threading.Thread(target=_listen, args=(sockets.ws_port, delivered), daemon=True)
-        client.start()
-        steps = play(source, session, until_ns=(WARM_UP_S + seconds) * NS)
-        total = round((WARM_UP_S + seconds) * NS / hop_ns)
-        warm = False
-        for step in track(steps, "measuring", total=total, console=console):
-            if step is not None and step.time_ns >= WARM_UP_S * NS and not warm:
-                warm, session.timings = True, Timings()
-                delivered.clear()
-    client.join()
-    return session.timings, delivered
+        served = stack.enter_context(Served(setup, {"camera": url}, EVERY_WINDOW))
+        listener = stack.enter_context(Listener(served.ws_url))
+        if not served.connected():
+            raise InputError(f"the camera at {url} does not answer")
+        warm_s = min(WARM_UP_S, seconds)
+        for second in track(range(warm_s + seconds), "measuring", console=console):
+            if second == warm_s:
+                served.snapshot()
+                listener.take()
+            time.sleep(1)
+        late = listener.take()
+        durations = dict(served.snapshot().durations)
+    if not len(late) or not len(durations["total"]):
+        raise InputError("no event came while it was measured: is the machine overloaded?")
+    return durations, late
 
 
-def summarise(timings: Timings, delivered: list[int]) -> dict[str, Any]:
-    """Percentiles in ms; the share of the mean and the ratio to the image engine of each stage."""
-    stages = {
-        name: float(getattr(timings, name).values().mean()) for name in ("decode", "wait", "image", "head", "publish")
-    }
+def summarise(durations: Durations, late: NDArray[np.int64]) -> dict[str, Any]:
+    """Percentiles in ms; of each stage the share of the mean and the ratio to the image engine.
+
+    `rest` is everything except the decoder and the image engine. Of it, `wait` is mostly the pixels' way.
+    """
+    stages = {name: float(durations[name].mean()) for name in STAGES}
     whole = sum(stages.values())
-    result: dict[str, Any] = {"windows": len(timings.total), "events": len(delivered)}
-    for name, values in (("glass_to_event", timings.total.values()), ("glass_to_client", delivered)):
+    result: dict[str, Any] = {"windows": len(durations["total"]), "events": len(late)}
+    for name, values in (
+        ("glass_to_event", durations["total"]),
+        ("glass_to_client", late[:, 1]),
+        ("event_to_stored", durations["delivery"]),
+    ):
         for label, value in zip(("p50", "p95", "p99"), percentiles(values), strict=True):
             result[f"{name}_{label}_ms"] = round(value, 2)
     result["share"] = {name: round(value / whole, 3) for name, value in stages.items()}
-    result["ratio_to_image_engine"] = {name: round(value / stages["image"], 3) for name, value in stages.items()}
+    ratios = {name: value / stages["image"] for name, value in stages.items()}
+    result["ratio_to_image_engine"] = {name: round(value, 3) for name, value in ratios.items()}
+    result["rest"] = round(sum(ratios[name] for name in REST), 3)
+    result["rest_without_wait"] = round(result["rest"] - ratios["wait"], 3)
     return result
 
 
-def _listen(port: int, delivered: list[int]) -> None:
-    with Client(f"ws://127.0.0.1:{port}") as client:
-        client.send({"op": "subscribe", "query": "*", "stream": "*"})
-        while True:
-            try:
-                payload = client.receive(1.0)
-            except ConnectionError:
-                return  # the detector has closed: the measurement is over
-            arrived_ns = time.time_ns()
-            message = json.loads(payload or b"{}")
-            if (late_ms := message.get("data", {}).get("capture_to_publish_ms")) is None:
-                continue
-            published = datetime.fromisoformat(message["time"]).timestamp()
-            delivered.append(arrived_ns - int(published * NS) + int(late_ms * 1e6))
+def compare(setup: Setup, seconds: int, console: Console) -> dict[str, Any]:
+    """Medians in ms of a window, and of all of it but the image engine, with few and with many queries."""
+    hop_ns = hop_from_seconds(setup.hop_s)
+    engine = Engine(setup.engine, zero_shot=setup.zero_shot)
+    with ExitStack() as stack:
+        video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "recording.mp4"
+        with console.status("making a 720p recording out of real clips"):
+            street_scene(video, SIZE, FPS)
+        source = open_source(parse_source(str(video)), hop_ns=hop_ns, pace="max")
+        stack.callback(source.close)
+        frames = [item for item in source if isinstance(item, Frame)]
+        sessions: dict[int, Session] = {}
+        for count in COMPARED:
+            queries = [make_query(engine, text) for text in texts(count)]
+            served = stack.enter_context(OneStream(engine, queries, zmq_port=0, ws_port=0))
+            history = History(round(Limits().history_s / setup.hop_s))
+            sessions[count] = Session(
+                *(engine, f"with-{count}", hop_ns, MomentOptions()), recorded=True, tell=served.tell, history=history
+            )
+            for query in queries:
+                sessions[count].add(query)
+        windows: dict[int, list[int]] = {count: [] for count in COMPARED}
+        for k in track(range(FIRST + round(seconds / setup.hop_s)), "measuring", console=console):
+            frame = replace(frames[k % len(frames)], index=k, pts_ns=k * hop_ns + hop_ns // 2)
+            for count in COMPARED if k % 2 else reversed(COMPARED):
+                if k == FIRST:
+                    sessions[count].timings = Timings()
+                before_ns = time.monotonic_ns()
+                step = sessions[count].push(frame)
+                if step.scores and k >= FIRST:
+                    windows[count].append(time.monotonic_ns() - before_ns)
+    result: dict[str, Any] = {"windows": len(windows[COMPARED[0]])}
+    medians: dict[str, list[float]] = {"rest": [], "window": []}
+    for count, session in sessions.items():
+        timings = session.timings
+        medians["rest"].append(percentiles(timings.head.values() + timings.publish.values())[0])
+        medians["window"].append(percentiles(windows[count])[0])
+        result[f"image_{count}_queries_ms"] = round(percentiles(timings.image.values())[0], 3)
+    for name, (few, many) in medians.items():
+        result |= {f"{name}_{count}_queries_ms": round(ms, 3) for count, ms in zip(COMPARED, (few, many), strict=True)}
+        result[f"{name}_ratio"] = round(many / few, 3)
+    return result
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
     table = Table(title=f"{result['windows']} windows, {result['events']} events", title_justify="left")
     for column in ("", "p50", "p95", "p99"):
         table.add_column(column, justify="right" if column else "left")
-    for name in ("glass_to_event", "glass_to_client"):
+    for name in ("glass_to_event", "event_to_stored", "glass_to_client"):
         table.add_row(name.replace("_", " "), *(f"{result[f'{name}_{p}_ms']:.1f} ms" for p in ("p50", "p95", "p99")))
     console.print(table)
     stages = Table(title="stages", title_justify="left")
@@ -155,4 +187,17 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         stages.add_column(column, justify="left" if column == "stage" else "right")
     for name, share in result["share"].items():
         stages.add_row(name, f"{share:.1%}", f"{result['ratio_to_image_engine'][name]:.2f}")
+    stages.add_section()
+    stages.add_row(f"rest: {', '.join(REST)}", "", f"{result['rest']:.2f}")
+    stages.add_row("rest without wait", "", f"{result['rest_without_wait']:.2f}")
     console.print(stages)
+
+
+def _print_comparison(console: Console, result: dict[str, Any]) -> None:
+    table = Table(title=f"medians of {result['windows']} windows", title_justify="left")
+    for column in ("", *(f"{count} queries" for count in COMPARED), "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, title in (("rest", "all but the image engine"), ("window", "whole window, decoder left out")):
+        times = (f"{result[f'{name}_{count}_queries_ms']:.2f} ms" for count in COMPARED)
+        table.add_row(title, *times, f"{result[f'{name}_ratio']:.2f}")
+    console.print(table)

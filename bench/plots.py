@@ -58,3 +58,31 @@ def plot_cost(queries: Sequence[int], cost: dict[str, list[float]], again: dict[
     axis.set(xscale="log", yscale="log", xlabel="queries on one stream", ylabel="image tower = 1")
     axis.legend(frameon=False, fontsize=8)
     save(figure, path)
+
+
+def plot_capacity(streams: Sequence[int], p95_ms: Sequence[float | None], limit_ms: float, path: Path) -> None:
+    """Glass to client over the number of streams, one PNG. None: no event came."""
+    figure, axis = pyplot().subplots(figsize=(8, 3), layout="constrained")
+    known = [np.nan if value is None else value for value in p95_ms]
+    axis.plot(streams, known, "o-", color=CURVE, label="glass to client, p95")
+    axis.axhline(limit_ms, color=FOUND, lw=1, label="borne up to here")
+    axis.set(xlabel="streams", ylabel="ms", xlim=(0, None), yscale="log")
+    axis.legend(frameon=False)
+    save(figure, path)
+
+
+def plot_soak(
+    minutes: NDArray[np.float64],
+    rss_mb: NDArray[np.float64],
+    late_minutes: NDArray[np.float64],
+    p95_ms: NDArray[np.float64],
+    path: Path,
+) -> None:
+    """Resident memory and glass to client over time, one PNG."""
+    figure, (memory, late) = pyplot().subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
+    memory.plot(minutes, rss_mb, color=CURVE)
+    memory.set(ylabel="resident, MB", ylim=(0, 1.1 * float(rss_mb.max())))
+    late.plot(late_minutes, p95_ms, ".-", color=FOUND)
+    late.set(xlabel="minutes", ylabel="glass to client, p95 ms")
+    late.set_ylim(bottom=0)
+    save(figure, path)

@@ -4,6 +4,7 @@ LivemomentsError        root: one clear line for the user, exit code 2
   SourceError           a video source cannot be read, has no video, or died for good
   BundleError           an engine bundle is missing, damaged or does not fit
   InputError            a value the user gave is wrong: query, threshold, hop, file, address
+  LogError              events cannot be stored, or read back: the disk is full, or fails
 """
 
 
@@ -21,3 +22,7 @@ class BundleError(LivemomentsError):
 
 class InputError(LivemomentsError):
     """A value given by the user is out of its range or malformed."""
+
+
+class LogError(LivemomentsError):
+    """The event log cannot store or read: the disk is full or fails. What was to be stored was not, none of it."""

@@ -1,7 +1,7 @@
 """What our own CUDA kernels do between the engines of a bundle: frames to pixels, and rows that stay on the GPU."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,11 @@ class DeviceRows:
 
     def inputs(self) -> Mapping[str, DeviceArray]:
         return {**self._stacked, **self.rings}
+
+    def absorb(self, other: Self) -> None:
+        with self._device.current():  # by way of the host: seldom, when a query comes with a past
+            for name, pair in {name: [ring, other.rings[name]] for name, ring in self.rings.items()}.items():
+                self.rings[name] = self._device.upload(np.concatenate(self._device.read(pair)))
 
     def append(self, outputs: Mapping[str, Any], count: NDArray[np.int64]) -> None:
         with self._device.current():

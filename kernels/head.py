@@ -8,7 +8,7 @@ Letters: N texts, R rows, K layers, P patches, L tokens, C width, H heads, W ban
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,9 @@ class Rows(Protocol):
     def inputs(self) -> Mapping[str, Any]:
         """The rings, and the maps of all queries (R, ..), padded to the longest: what a step reads but the count."""
 
+    def absorb(self, other: Self) -> None:
+        """Take the rings of other rows behind one's own, where neither is empty; `settle` comes next."""
+
     def append(self, outputs: Mapping[str, Any], count: NDArray[np.int64]) -> None:
         """Write `new_keys_k`, `new_values_k` and `new_history` of a step into the rings of rows that saw `count`."""
 
@@ -69,6 +72,9 @@ class HostRows:
 
     def inputs(self) -> Mapping[str, Floats]:
         return {**self._stacked, **self.rings}
+
+    def absorb(self, other: Self) -> None:
+        self.rings = {name: np.concatenate([ring, other.rings[name]]) for name, ring in self.rings.items()}
 
     def append(self, outputs: Mapping[str, Floats], count: NDArray[np.int64]) -> None:
         for name, ring in self.rings.items():
@@ -105,6 +111,19 @@ class HeadState:
         """Close a row; those behind it move up."""
         del self._queries[row], self._places[row]
         self._moved = True
+
+    def absorb(self, other: "HeadState") -> None:
+        """Open the rows of another state of this head, behind the others, with what they remember; it is used up."""
+        for state in (self, other):
+            if state._moved:
+                state._settle()
+        if len(self.count) and len(other.count):
+            self._rows.absorb(other._rows)
+        elif len(other.count):
+            self._rows = other._rows
+        self.count = np.concatenate([self.count, other.count])
+        self._queries += other._queries
+        self._places, self._moved = list(range(len(self.count))), True
 
     def reset(self) -> None:
         """Forget the stream, in all rows."""

@@ -37,13 +37,14 @@ def topic_prefix(stream: str | None) -> str:
     return f"{TOPIC_ROOT}/" if stream is None else f"{TOPIC_ROOT}/{quote(stream, safe='', errors='replace')}/"
 
 
-def to_cloudevent(event: Event, source_run: str) -> dict[str, Any]:
+def to_cloudevent(event: Event, source_run: str, number: int | None = None) -> dict[str, Any]:
     """The event as a CloudEvents 1.0 dict.
 
-    `source_run` names this run of the program and must be new each time it starts. Raises ValueError for an event
-    that lacks what its kind needs. The values of a status must be JSON values: `to_json` refuses NaN.
+    `source_run` names this run of the program and must be new each time it starts; `number` is that of the event in
+    the log, if it is kept in one. Raises ValueError for an event that lacks what its kind needs. The values of a
+    status must be JSON values: `to_json` refuses NaN.
     """
-    message = {
+    message: dict[str, Any] = {
         "specversion": "1.0",
         "type": f"io.livemoments.{event.kind}.v1",
         "source": f"/{TOPIC_ROOT}/{quote(event.stream, safe='', errors='replace')}",
@@ -51,6 +52,8 @@ def to_cloudevent(event: Event, source_run: str) -> dict[str, Any]:
         "time": rfc3339(event.emitted_ns),
         "datacontenttype": "application/json",
     }
+    if number is not None:
+        message["lognumber"] = number
     if event.kind is Kind.STATUS:
         if event.status is None or "state" not in event.status:
             raise ValueError(f"a status event needs a status with a state, got {event.status}")
@@ -58,7 +61,7 @@ def to_cloudevent(event: Event, source_run: str) -> dict[str, Any]:
     if event.query is None or event.moment is None:
         raise ValueError(f"an event of kind {event.kind} needs a query and a moment")
     moment, epoch_ns, end_ns = event.moment, event.epoch_ns, event.moment.end_ns
-    data = {
+    data: dict[str, Any] = {
         "stream": event.stream,
         "query_id": event.query.id,
         "query": event.query.text,
@@ -74,12 +77,14 @@ def to_cloudevent(event: Event, source_run: str) -> dict[str, Any]:
         "threshold": None if event.threshold is None else float(event.threshold),
         "capture_to_publish_ms": None if event.latency_ns is None else event.latency_ns / 1_000_000,
     }
+    if event.backfill:
+        data["backfill"] = True
     return {**message, "subject": event.query.id, "data": data}
 
 
-def encode(event: Event, source_run: str) -> bytes:
+def encode(event: Event, source_run: str, number: int | None = None) -> bytes:
     """The event as it travels: one line of JSON, UTF-8."""
-    return to_json(to_cloudevent(event, source_run))
+    return to_json(to_cloudevent(event, source_run, number))
 
 
 def to_json(message: Mapping[str, Any]) -> bytes:

@@ -61,6 +61,11 @@ class Tracker:
         self._peak: Moment | None = None  # the moment as it stands at the peak being climbed; None on the way down
         self._trough = 1.0  # lowest score on the way down
 
+    @property
+    def open_moment(self) -> Moment | None:
+        """The one that was told and has not ended."""
+        return self._moment if self._told else None
+
     def push(self, saliency: Saliency, window: Window) -> list[Change]:
         """What one score changes, in the order to tell it."""
         changes: list[Change] = []

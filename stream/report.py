@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream.ingest import VideoSource
-from stream.session import Timings
+from stream.timings import Timings
 from stream.types import NS, Event, Kind
 
 

@@ -13,9 +13,9 @@ from kernels.errors import InputError, SourceError
 from stream.detector import make_query
 from stream.ingest import VideoSource, open_source
 from stream.moments import MomentOptions
+from stream.one_stream import OneStream
 from stream.output import check_writable, write
 from stream.predictions import Predictions, to_jsonl
-from stream.publish import Sockets
 from stream.report import Terminal, print_event, print_summary, progress_bar
 from stream.session import Session, Step
 from stream.sources import SourceStatus, parse_source
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     console = Terminal(stderr=args.out == "-", highlight=False)
 
     with contextlib.ExitStack() as stack:
-        sockets = stack.enter_context(Sockets(args.zmq_port, args.ws_port, engine, queries)) if args.publish else None
+        served: OneStream | None = None
+        if args.publish:
+            served = stack.enter_context(OneStream(engine, queries, zmq_port=args.zmq_port, ws_port=args.ws_port))
         video = open_source(source, hop_ns=hop_ns, pace=args.pace, name=args.name)
         stack.callback(video.close)
         closed = 0
@@ -107,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
             nonlocal closed
             closed += event.kind is Kind.CLOSED
             print_event(console, event)
-            if sockets:
-                sockets.tell(event)
+            if served:
+                if event.status:
+                    served.state = SourceStatus(event.status["state"], event.status.get("reason"))
+                served.tell(event)
 
         session = Session(engine, video.name, hop_ns, options, recorded=not video.live, tell=tell)
         for query in queries:
@@ -119,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar(console, video) as progress:
             try:
                 for step in play(video, session, until_ns=until_ns):
-                    if sockets:
-                        sockets.apply(session)
+                    if served:
+                        served.apply(session)
                     if step is not None:
                         stream_ns = step.time_ns
                         progress.update(progress.task_ids[0], completed=stream_ns / NS)

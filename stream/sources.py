@@ -20,6 +20,7 @@ UNDERSTOOD = (
     "a video file, file://, http(s):// (also HLS, .m3u8), rtsp(s)://, rtmp(s)://, srt://, "
     "udp://host:port (MPEG-TS), /dev/videoN, test:PATTERN, or a gst-launch description ending in raw video (a ! b)"
 )
+STREAM_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NETWORK = frozenset({"http", "https", "rtsp", "rtsps", "rtspt", "rtmp", "rtmps", "srt", "udp"})
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DEVICE = re.compile(r"(?:v4l2://)?(/dev/video\d+)")

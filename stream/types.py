@@ -69,12 +69,13 @@ class Features:
 class Query:
     """A free text, encoded once."""
 
-    id: str  # stable: made from the text alone
+    id: str  # stable: made from text and threshold alone
     text: str
     pooled: Vector  # (D,) unit norm
     level: float = 0.0  # mean of its cosine with what the backbone knows: its background
     spread: float = 1.0  # standard deviation of the same
     maps: Maps | None = None  # what a trained head reads of its L tokens, by layer, and of all of it
+    threshold: float | None = None  # of its own, (0, 1]; None: that of its stream
 
 
 def tidy(text: str) -> str:
@@ -141,3 +142,4 @@ class Event:
         None  # capture of the newest frame the decision needed (recordings: its reading) -> emitted
     )
     status: dict[str, Any] | None = None  # STATUS only: {"state": "connected" | "reconnecting" | "ended", ...}
+    backfill: bool = False  # the moment was over before the query was asked

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import distractors, ops
+from bench import capacity, distractors, ops
 from bench.camera import clips_folder
 from bench.demo import BICYCLE, MAN, QUERIES
 from kernels.recipe import make_recipe
@@ -120,7 +121,15 @@ def test_a_video_that_breaks_off_is_not_half_scored(
         (["accuracy", "--plot", "/dev/null/plots"], "cannot make the folder /dev/null/plots"),
         (["latency", "--plot", "/nowhere/x.png"], "cannot write /nowhere/x.png"),
         (["latency", "--seconds", "1"], "at least 5"),
-        (["soak", "--minutes", "nan"], "at least 0.5"),
+        (["latency", "--queries", "0"], "--queries must be from 1 to 1000"),
+        (["latency", "--hop", "0.5"], "trained at a hop of 1 s"),
+        (["latency", "--compare-queries", "--plot", "x.png"], "leave it or --compare-queries out"),
+        (["capacity", "--seconds", "2"], "at least 3"),
+        (["capacity", "--most", "0"], "--most must be from 1 to 1000"),
+        (["capacity", "--engine", "/nowhere"], "/nowhere"),
+        (["capacity", "--plot", "/nowhere/x.png"], "cannot write /nowhere/x.png"),
+        (["soak", "--minutes", "nan"], "at least 0.1"),
+        (["soak", "--streams", "65"], "--streams must be from 1 to 64"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(
@@ -135,13 +144,76 @@ def test_what_cannot_be_done_is_said_before_the_work(
 
 def test_latency_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "latency.png"
-    assert main(["bench", "latency", "--seconds", "6", "--plot", str(plot)]) == 0
+    assert main(["bench", "latency", "--seconds", "6", "--queries", "9", "--plot", str(plot)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["windows"] >= 5 and result["events"] >= 8 * 5
+    assert result["windows"] >= 5 and result["events"] >= 9 * 5 and result["queries"] == 9
     assert 0 < result["glass_to_event_p50_ms"] <= result["glass_to_event_p95_ms"]
     assert result["glass_to_event_p50_ms"] < result["glass_to_client_p50_ms"] + 5
+    # A client hears of an event only once it is stored.
+    assert 0 < result["event_to_stored_p50_ms"] < result["glass_to_client_p50_ms"]
     assert sum(result["share"].values()) == pytest.approx(1, abs=0.01)
-    assert result["ratio_to_image_engine"]["image"] == 1
+    ratios = result["ratio_to_image_engine"]
+    assert ratios["image"] == 1
+    assert result["rest"] == pytest.approx(sum(ratios.values()) - 1 - ratios["decode"], abs=0.01)
+    assert result["rest_without_wait"] == pytest.approx(result["rest"] - ratios["wait"], abs=0.01)
+    assert plot.stat().st_size > 5000
+
+
+def test_a_window_with_more_queries_takes_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "latency", "--compare-queries", "--seconds", "20"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["windows"] == 20 and result["queries"] == [10, 100]
+    assert result["rest_ratio"] == pytest.approx(result["rest_100_queries_ms"] / result["rest_10_queries_ms"], abs=0.01)
+    assert result["rest_ratio"] > 1
+    for queries in (10, 100):
+        assert result[f"rest_{queries}_queries_ms"] < result[f"window_{queries}_queries_ms"]
+
+
+@pytest.mark.parametrize(("bears", "most"), [(0, 8), (1, 8), (5, 32), (6, 7), (7, 7), (20, 32), (32, 32), (40, 33)])
+def test_a_search_ends_between_what_is_borne_and_what_is_not(bears: int, most: int) -> None:
+    left: list[int] = []
+    steps = capacity.search(lambda n: {"streams": n, "borne": n <= bears}, most, left.append)
+    tried = [step["streams"] for step in steps]
+    assert tried == sorted(set(tried)) and len(tried) == len(left) <= left[0]
+    assert max((step["streams"] for step in steps if step["borne"]), default=0) == min(bears, most)
+    if bears < most:
+        assert bears + 1 in tried
+    # Each step brings the end nearer by one at least.
+    assert all(after < before for before, after in pairwise(left)) and left[-1] >= 1
+
+
+def test_capacity_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "capacity.png"
+    assert main(["bench", "capacity", "--seconds", "3", "--most", "2", "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    result = json.loads(shown[-1])
+    assert [step["streams"] for step in result["steps"]] == [1, 2]
+    assert result["capacity"] == max((step["streams"] for step in result["steps"] if step["borne"]), default=0)
+    assert result["next_bottleneck"] in shown[-2] and "processors" in result["next_bottleneck"]
+    for step in result["steps"]:
+        assert step["borne"] == (not step["problems"])
+        # Each stream is a window a second and an event a window and query; its frames come at the camera's pace.
+        assert step["events"] >= 8 * 2 * step["streams"]
+        assert step["decoded"] == pytest.approx(3 * 25 * step["streams"], rel=0.25)
+        assert 0 < step["glass_to_event_p50_ms"] <= step["glass_to_client_p95_ms"] + 5
+        # The stages are all that the process takes.
+        assert sum(step["cpu"].values()) == pytest.approx(step["cpu_service"], abs=0.03)
+        assert all(value >= 0 for value in step["cpu"].values())
+        assert step["cpu"]["decode"] > step["cpu"]["head"] > 0 and step["cpu"]["image"] > 0 < step["cpu"]["delivery"]
+        assert step["cpu_cameras"] > 0
+    assert plot.stat().st_size > 5000
+
+
+def test_soak_watches_memory_and_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "soak.png"
+    words = ["--streams", "1", "--minutes", "0.1", "--queries", "4", "--plot", str(plot)]
+    assert main(["bench", "soak", *words]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["streams"] == 1 and result["queries"] == 4 and result["minutes"] == 0.1
+    assert 50 < result["rss_settled_mb"] <= result["rss_highest_mb"] >= result["rss_at_end_mb"]
+    assert result["growth"] == pytest.approx(result["rss_at_end_mb"] / result["rss_settled_mb"] - 1, abs=1e-4)
+    assert result["decoded"] == pytest.approx(6 * 25, rel=0.25)
+    assert result["events"] > 0 and result["glass_to_client_p95_ms"] > 0
     assert plot.stat().st_size > 5000
 
 

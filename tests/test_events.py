@@ -4,6 +4,7 @@ import json
 import random
 import re
 import zlib
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -75,6 +76,14 @@ def test_a_status_is_a_cloudevent_with_what_it_carries() -> None:
         "seq": 2,
         "stream": "door",
     }
+
+
+def test_an_event_of_a_log_tells_its_number_and_old_news_that_it_is_old() -> None:
+    plain = to_cloudevent(event(3), "run1")
+    assert to_cloudevent(event(3), "run1", 17) == {**plain, "lognumber": 17}
+    assert json.loads(encode(status(1), "run1", 18))["lognumber"] == 18
+    old = to_cloudevent(replace(event(3), backfill=True), "run1")
+    assert old == {**plain, "data": {**plain["data"], "backfill": True}}
 
 
 @pytest.mark.parametrize("kind", [Kind.OPENED, Kind.UPDATED, Kind.CLOSED, Kind.HIGHLIGHT])

@@ -5,6 +5,7 @@ which of them are launched, with what, in which order. What CUDA and TensorRT do
 """
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -157,6 +158,16 @@ class Past:
         return ring if name == "history" else ring.swapaxes(0, 1)
 
 
+def go_on(past: list[Past], states: list[HeadState], new: dict[str, NDArray[np.float32]], device: HostDevice) -> None:
+    """A window more, in both stores and in the plain list."""
+    for row, each in enumerate(past):
+        each.columns.append({name: new[f"new_{name}"][row] for name in COLUMNS})
+    for state in states:
+        state.inputs()  # as a step does
+    states[0].append(new)
+    states[1].append({name: device.upload(each) for name, each in new.items()})
+
+
 def test_rows_remember_what_they_were_given_on_either_machine(device: HostDevice) -> None:
     """Queries come, go and are reset at random; both stores hold what a plain list of the past holds, bit for bit."""
     rng = np.random.default_rng(3)
@@ -173,6 +184,16 @@ def test_rows_remember_what_they_were_given_on_either_machine(device: HostDevice
             del past[row]
             for state in states:
                 state.remove(row)
+        if window % 7 == 5:  # others, with a past of their own, join
+            joining = [Past(query(rng, words=int(rng.integers(2, 7)))) for _ in range(int(rng.integers(0, 3)))]
+            others = [HeadState(HostRows(SHAPE)), HeadState(DeviceRows(device, SHAPE))]
+            for each, other in itertools.product(joining, others):
+                other.add(each.maps)
+            for _ in range(4 if joining else 0):
+                go_on(joining, others, columns(rng, len(joining)), device)
+            for state, other in zip(states, others, strict=True):
+                state.absorb(other)
+            past += joining
         if window == 40:
             past = [Past(each.maps) for each in past]
             for state in states:
@@ -193,11 +214,7 @@ def test_rows_remember_what_they_were_given_on_either_machine(device: HostDevice
                 np.testing.assert_array_equal(given["word_keys_0"][row, :, :words], each.maps["word_keys_0"])
                 np.testing.assert_array_equal(given["query_pooled"][row], each.maps["query_pooled"])
                 assert (given["query_bias"][row, words:] == -np.inf).all()
-        new = columns(rng, len(past))
-        for row, each in enumerate(past):
-            each.columns.append({name: new[f"new_{name}"][row] for name in COLUMNS})
-        states[0].append(new)
-        states[1].append({name: device.upload(each) for name, each in new.items()})
+        go_on(past, states, columns(rng, len(past)), device)
     assert max(len(each.columns) for each in past) > SHAPE.reach, "the rings went round"
 
 

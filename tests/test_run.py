@@ -24,18 +24,18 @@ from bench.demo import BICYCLE, MAN
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
 from livemoments import main
+from stream.deliver.websocket import Client
+from stream.deliver.zeromq import Subscriber
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
-from stream.publish import Sockets
+from stream.one_stream import OneStream
 from stream.report import Terminal, print_event
 from stream.run import play
 from stream.session import Session
 from stream.sources import parse_source
 from stream.types import NS, Event, Moment, Query
 from stream.types import Kind as EventKind
-from stream.websocket import Client
-from stream.zeromq import Subscriber
 from tests.media import write_audio
 from trainer.metrics import Prediction, read_jsonl
 from trainer.render import FPS, Kind, Segment, render
@@ -55,13 +55,15 @@ def engine() -> Engine:
     return Engine(zero_shot=True)
 
 
-def events_of(video: Path, engine: Engine, pace: Literal["real", "max"], sockets: Sockets | None = None) -> list[Event]:
+def events_of(
+    video: Path, engine: Engine, pace: Literal["real", "max"], served: OneStream | None = None
+) -> list[Event]:
     told: list[Event] = []
 
     def tell(event: Event) -> None:
         told.append(event)
-        if sockets:
-            sockets.tell(event)
+        if served:
+            served.tell(event)
 
     source = open_source(parse_source(str(video)), hop_ns=NS // 2, pace=pace)
     try:
@@ -114,28 +116,30 @@ def test_a_dash_keeps_stdout_for_the_results(video: Path, capsys: pytest.Capture
 def test_the_sockets_carry_what_was_told_and_a_client_can_add_a_query(video: Path, engine: Engine) -> None:
     queries = [make_query(engine, text) for text in (MAN, BICYCLE)]
     with (
-        Sockets(0, 0, engine, queries) as sockets,
-        Subscriber(sockets.zmq_address, "livemoments/") as zmq,
-        Client(f"ws://127.0.0.1:{sockets.ws_port}") as client,
+        OneStream(engine, queries, zmq_port=0, ws_port=0) as served,
+        Subscriber(served.sockets.zmq_address or "", "livemoments/") as zmq,
+        Client(served.sockets.ws_url) as client,
     ):
         client.send({"op": "subscribe", "query": "*"})
         assert json.loads(client.receive(5) or b"{}")["op"] == "subscribed"
-        told = events_of(video, engine, "max", sockets)
+        told = events_of(video, engine, "max", served)
         received = [json.loads(client.receive(5) or b"{}") for _ in told]
         assert [json.loads(zmq.receive(5) or b"{}") for _ in told] == received
         assert [message["data"]["seq"] for message in received] == [event.seq for event in told]
+        assert [message["lognumber"] for message in received] == list(range(1, len(told) + 1))
         client.send({"op": "subscribe", "query": "a bus stops"})
         answer = json.loads(client.receive(5) or b"{}")
         assert answer["op"] == "subscribed"
         session = Session(engine, "cam", NS, MomentOptions(), recorded=False)
-        sockets.apply(session)
-        assert [query.id for query in session.queries] == [answer["query_id"]]
+        served.apply(session)
+        assert [query.id for query in session.queries] == [*(query.id for query in queries), answer["query_id"]]
+        assert json.loads(client.receive(5) or b"{}")["op"] == "caught_up"
         client.send({"op": "subscribe", "query": "dog " * 500})
         assert "tokens long" in json.loads(client.receive(5) or b"{}")["message"]
         client.send({"op": "unsubscribe", "query": "a bus stops"})
         assert json.loads(client.receive(5) or b"{}")["op"] == "unsubscribed"
-        sockets.apply(session)
-        assert session.queries == []
+        served.apply(session)
+        assert [query.id for query in session.queries] == [query.id for query in queries]
 
 
 def test_ctrl_c_ends_a_live_run_with_its_results(tmp_path: Path) -> None:
@@ -323,9 +327,9 @@ def test_help_lists_what_exists(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("run", "subscribe", "metrics", "bench", "build-engine"))
-    assert "serve" not in shown
-    for words in (["run"], ["subscribe"], ["metrics"], ["bench"], ["bench", "accuracy"], ["build-engine"]):
+    commands = ("run", "serve", "check-config", "control", "subscribe", "metrics", "bench", "build-engine")
+    assert all(name in shown for name in commands)
+    for words in (*([name] for name in commands), ["bench", "accuracy"]):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--help"])
         assert ended.value.code == 0
