@@ -4,9 +4,8 @@ import importlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from kernels.engine import Engine
 from kernels.errors import BundleError
 from kernels.head import HostRows
 from kernels.onnx_runtime import Graph
-from kernels.parity import real_crops
 from kernels.preprocess import crop
 from kernels.quantise import fold_constants, fuse_attention, quantise
 from kernels.recipe import Recipe, make_recipe
@@ -34,8 +32,6 @@ from livemoments import main
 from models.checkpoint import Provenance, save_checkpoint
 from models.clip import VIT_B32
 from models.graphs import Graph as Exported
-from models.lite import ImageTower, QueryTower
-from models.lite_packages import class_captions
 from models.r2 import R2
 from models.r2_types import R2Config
 from stream.detector import make_query
@@ -47,40 +43,10 @@ from stream.sources import parse_source
 from stream.types import NS, Kind
 from tests.test_clip import TINY, publish
 
-pytestmark = pytest.mark.timeout(600)  # engines of full size are built, on however slow a machine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few(lite_towers: tuple[ImageTower, QueryTower]) -> Iterator[None]:
-    """Fewer texts, and as many frames as the gate must have at least; towers of lite that stand already."""
-    captions = [caption for caption in class_captions() if len(caption) < 30][:40]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.backbone.towers", lambda: lite_towers)
-        for module in ("parity", "recipe"):
-            patch.setattr(f"kernels.{module}.class_captions", lambda: captions)
-        patch.setattr("kernels.parity.FRAMES", 32)
-        decoded = cache(lambda resize, size: list(real_crops(resize, size)))  # once for all builds
-        patch.setattr("kernels.parity.real_crops", decoded)
-        patch.setattr("kernels.parity.KEPT", 8)
-        patch.setattr("kernels.build._TIMED", 1)
-        # A backbone is exported once, however many bundles are built of it: that takes longer than all the rest.
-        for method in ("crop_graphs", "pixel_graphs"):
-            patch.setattr(Recipe, method, once(getattr(Recipe, method)))
-        patch.setattr("kernels.build.export_graph", once(export_graph))
-        yield
-
-
-def once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Made once of the same things; a model is copied by whoever changes it."""
-    made: dict[tuple[int, ...], tuple[Any, Any]] = {}
-
-    def remembered(*given: Any) -> Any:
-        key = tuple(id(each) for each in given)
-        if key not in made:
-            made[key] = make(*given), given  # which stay alive, so that no other thing gets their id
-        return made[key][0]
-
-    return remembered
+pytestmark = [
+    pytest.mark.timeout(600),  # engines of full size are built, on however slow a machine
+    pytest.mark.usefixtures("quick_builds"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +60,7 @@ def tiny(clip: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(quick_builds: None, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in fp32. Others copy it."""
     folder = tmp_path_factory.mktemp("plain") / "bundle"
     build(tiny, "onnxruntime", "fp32", folder)

@@ -17,7 +17,6 @@ from onnx import numpy_helper
 from kernels import build
 from kernels.engine import Engine, Images
 from kernels.errors import BundleError
-from kernels.export import export
 from kernels.head import HeadState
 from kernels.preprocess import Pixels, crop
 from kernels.recipe import Recipe, make_recipe
@@ -25,7 +24,7 @@ from livemoments import main
 from models.checkpoint import Provenance, save_checkpoint
 from models.errors import ModelError
 from models.graphs import Graph
-from models.lite import EMBEDDING, FLOOR, ImageTower, QueryTower
+from models.lite import EMBEDDING, FLOOR
 from models.r2 import R2
 from models.r2_types import R2Config
 from stream.detector import make_query
@@ -42,7 +41,10 @@ CONFIG = R2Config("causal", 320, EMBEDDING, EMBEDDING, FLOOR, width=32, heads=2,
 PROVENANCE = Provenance("a test", "lite", 1.0, calibration={"centre": 0.2, "slope": 1.5})
 TEXTS = ("a dog", "a man in a suit who is interviewed in front of a house with a door", "cars")
 
-pytestmark = pytest.mark.timeout(600)  # the first test builds the bundle, on however slow a machine
+pytestmark = [
+    pytest.mark.timeout(600),  # the first test builds the bundle, on however slow a machine
+    pytest.mark.usefixtures("quick_builds"),
+]
 
 
 @dataclass
@@ -52,17 +54,8 @@ class Built:
     model: R2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few(lite_towers: tuple[ImageTower, QueryTower]) -> Any:
-    """Builds of these tests take towers that stand already, and check on fewer frames and texts than real ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.backbone.towers", lambda: lite_towers)
-        patch.setattr("kernels.parity.TEXTS", 40)
-        yield
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, few: None) -> Built:
+def built(tmp_path_factory: pytest.TempPathFactory, quick_builds: None) -> Built:
     """A small head with random weights, sharp enough that words, windows and rows all matter."""
     torch.manual_seed(0)
     model = R2(CONFIG).eval()
@@ -125,8 +118,11 @@ def test_a_bundle_says_what_its_head_is_and_was_checked_on_every_output(built: B
 def test_a_head_with_one_wrong_weight_is_refused_and_leaves_no_bundle(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    exported = build.export_graph
+
     def spoilt(graph: Graph) -> onnx.ModelProto:
-        model = export(*graph)
+        model = onnx.ModelProto()
+        model.CopyFrom(exported(graph))
         for bias in model.graph.initializer:
             if bias.name.endswith("layer.contract.bias"):
                 values = numpy_helper.to_array(bias).copy()

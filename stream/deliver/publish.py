@@ -100,11 +100,6 @@ class Sockets:
     def zmq_address(self) -> str | None:
         return self._publisher.address if self._publisher else None
 
-    @property
-    def clients(self) -> int:
-        """Of the WebSocket server."""
-        return self._server.clients
-
     def __enter__(self) -> Self:
         return self
 

@@ -186,16 +186,6 @@ class Service:
         found = [each for name, each in self._streams.items() if stream in (name, ANY)]
         return [why(each.session, query, each.feed.state) for each in found]
 
-    def health(self) -> dict[str, Any]:
-        """How the whole is."""
-        return {
-            "streams": self.streams(),
-            "clients": self._sockets.clients,
-            "lognumber": self._log.last,
-            "lost": self._sockets.lost,
-            "problem": self._sockets.problem,
-        }
-
     def configure(self, config: Config) -> list[str]:
         """Follow another config; what of it waits for a restart.
 

@@ -30,7 +30,8 @@ def why(session: Session, query: Query, source: SourceStatus) -> dict[str, Any]:
     if moment := session.open_moment(query.id):
         return told | {"reason": f"a moment is open since {moment.start_ns / NS:.1f} s", "moment_id": moment.id}
     if source.state != "connected":
-        return told | {"reason": f"there are no pictures: {source.state}, {source.reason}"}
+        since = f", {source.reason}" if source.reason else ""
+        return told | {"reason": f"there are no pictures: {source.state}{since}"}
     if values[-1] >= threshold:
         return told | {"reason": "the score is above the threshold: a moment opens once it has lasted long enough"}
     if values[best] >= threshold:
