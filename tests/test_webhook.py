@@ -529,7 +529,8 @@ def test_answers_that_are_not_http_are_tried_again_whatever_they_are() -> None:
                 link, _ = listener.accept()
                 with link, contextlib.suppress(OSError):
                     link.recv(4096)
-                    link.sendall(b"HTTP/1.1 200 OK\r\n" * rng.randrange(2) + b"".join(rng.choices(pieces, k=rng.randrange(7))))
+                    begin = b"HTTP/1.1 200 OK\r\n" * rng.randrange(2)
+                    link.sendall(begin + b"".join(rng.choices(pieces, k=rng.randrange(7))))  # at times nothing
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve)
