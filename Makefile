@@ -23,12 +23,12 @@ APT := python3-dev python3-venv gcc g++ pkg-config libcairo2-dev libgirepository
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
 
-# Two processes and one for those that wait for cameras and clocks; threads beside them would wait for each other.
+# Two processes share two cores: threads beside them would only wait for each other.
 test: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 soak: $(VENV)/.dev
 	$(BIN)/pytest -m soak --durations 0

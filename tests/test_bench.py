@@ -196,8 +196,8 @@ def test_capacity_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert step["events"] >= 8 * 2 * step["streams"]
         assert step["decoded"] == pytest.approx(3 * 25 * step["streams"], rel=0.25)
         assert 0 < step["glass_to_event_p50_ms"] <= step["glass_to_client_p95_ms"] + 5
-        # The stages are all that the process takes.
-        assert sum(step["cpu"].values()) == pytest.approx(step["cpu_service"], abs=0.03)
+        # The stages are all that the process takes, but for what threads took that have ended since.
+        assert 0.75 * step["cpu_service"] < sum(step["cpu"].values()) < step["cpu_service"] + 0.03
         assert all(value >= 0 for value in step["cpu"].values())
         assert step["cpu"]["decode"] > step["cpu"]["head"] > 0 and step["cpu"]["image"] > 0 < step["cpu"]["delivery"]
         assert step["cpu_cameras"] > 0
