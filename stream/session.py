@@ -78,7 +78,7 @@ class Session:
         """Watch for a query from the next window on. One that is watched already stays as it is."""
         if query.id not in self._queries:
             self._detector.add(query)
-            self._admit(query, self._tracker(query))
+            self._admit(query, self._tracker(query), Scores(self.history.capacity if self.history else 1))
 
     def backfill(self, queries: Sequence[Query]) -> Backfill:
         """Begin to watch for queries from the oldest window that is kept on: `adopt` it once it is done.
@@ -101,8 +101,7 @@ class Session:
             raise ValueError("a window would be left out")
         self._detector.adopt(backfill.detector)
         for query in backfill.queries:
-            self._admit(query, backfill.trackers[query.id])
-            self._scores[query.id] = backfill.scores[query.id]
+            self._admit(query, backfill.trackers[query.id], backfill.scores[query.id])
         over = {change.moment.id for _, _, change in backfill.found if change.kind is Kind.CLOSED}
         events = [
             event
@@ -170,9 +169,8 @@ class Session:
         own = self.options if query.threshold is None else replace(self.options, threshold=query.threshold)
         return Tracker(self.stream, query.id, self.hop_ns, own)
 
-    def _admit(self, query: Query, tracker: Tracker) -> None:
-        self._queries[query.id], self._trackers[query.id] = query, tracker
-        self._scores[query.id] = Scores(self.history.capacity if self.history else 1)
+    def _admit(self, query: Query, tracker: Tracker, scores: Scores) -> None:
+        self._queries[query.id], self._trackers[query.id], self._scores[query.id] = query, tracker, scores
 
     def _judge(self, step: Step, features: Features, image_ns: int) -> None:
         """What a window, whose features took so long, says to every query."""

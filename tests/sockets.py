@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self, cast
 
+import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from kernels.engine import Engine
@@ -167,3 +171,29 @@ def stalled_client(program: Program, **request: object) -> ClientConnection:
     client.send(json.dumps({"op": "subscribe", "query": "*", **request}))
     assert json.loads(client.recv(WAIT_S))["op"] == "subscribed"
     return client
+
+
+def self_signed(folder: Path, name: str, alternative: str) -> tuple[Path, Path]:
+    """A certificate for a host and its key, by openssl; without it the test is skipped.
+
+    Args:
+        alternative: the host as certificates name it, such as IP:127.0.0.1.
+    """
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes a certificate, is not installed")
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    words = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    words += ["-subj", f"/CN={name}", "-addext", f"subjectAltName={alternative}"]
+    subprocess.run([*words, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    return certificate, key

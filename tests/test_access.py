@@ -5,9 +5,7 @@ import gc
 import json
 import logging
 import random
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from kernels.errors import InputError
 from stream.config.schema import Limits
 from stream.deliver.log import EventLog
 from stream.deliver.websocket import Client
-from tests.sockets import WAIT_S, Program, ask, next_event, wait_for
+from tests.sockets import WAIT_S, Program, ask, next_event, self_signed, wait_for
 from tests.test_events import DOG, event
 
 TOKEN = "correct-horse-battery-staple"
@@ -34,25 +32,7 @@ def program() -> Iterator[Program]:
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl, which makes a certificate, is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "cert.pem", folder / "key.pem"
-    words = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    words += ["-subj", "/CN=livemoments", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*words, "-out", certificate, "-keyout", key], check=True, capture_output=True)
-    return certificate, key
+    return self_signed(tmp_path_factory.mktemp("tls"), "livemoments", "IP:127.0.0.1")
 
 
 def test_a_token_lets_in_who_has_it() -> None:

@@ -7,10 +7,8 @@ import hmac
 import json
 import logging
 import random
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from stream.deliver.http_post import PostError, Receiver, Request, retry_after_s
 from stream.deliver.log import Entry, EventLog
 from stream.deliver.webhook import Webhook, WebhookState, retry_delay_s, sign, signing_key, wants
 from stream.types import Kind
+from tests.sockets import self_signed
 from tests.test_events import event, query, status
 
 WAIT_S = 10.0
@@ -225,23 +224,8 @@ def test_user_and_password_of_a_url_are_sent_and_never_shown(
     assert Receiver(url).key == Receiver(url.replace("p%40ss", "better")).key != Receiver(server.url).key
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_tls_is_checked(server: Server, log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    make = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    subprocess.run([*make, "-keyout", key, "-out", cert, *subject], check=True, capture_output=True)
+    cert, key = self_signed(tmp_path, "localhost", "DNS:localhost")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(cert, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -421,27 +405,22 @@ def test_two_webhooks_do_not_hold_each_other_up(server: Server, log: EventLog) -
         assert stuck.state.lag == 100
 
 
-def drip(handler: BaseHTTPRequestHandler) -> None:
+def drip(
+    handler: BaseHTTPRequestHandler, begin: bytes = b"HTTP/1.1 200 OK\r\n", more: bytes = b"X-More: and more\r\n"
+) -> None:
     with contextlib.suppress(OSError):
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        handler.wfile.write(begin)
         while True:
-            handler.wfile.write(b"X-More: and more\r\n")
+            handler.wfile.write(more)
             time.sleep(0.02)
 
 
 def drip_body(handler: BaseHTTPRequestHandler) -> None:
-    with contextlib.suppress(OSError):
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        while True:
-            handler.wfile.write(b"and more")
-            time.sleep(0.02)
+    drip(handler, b"HTTP/1.1 200 OK\r\n\r\n", b"and more")
 
 
 def go_on_for_ever(handler: BaseHTTPRequestHandler) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            time.sleep(0.02)
+    drip(handler, b"", b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 def hang(handler: BaseHTTPRequestHandler) -> None:

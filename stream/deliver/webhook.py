@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Protocol
 
 from kernels.errors import InputError, LogError
 from stream.deliver.http_post import PostError, Receiver, Request
-from stream.deliver.log import Entry
+from stream.deliver.log import Entry, EventLog
 from stream.types import Kind
 
 log = logging.getLogger(__name__)
@@ -30,16 +29,6 @@ SAVE_S = 1.0
 """How often a position is saved that moved over skipped events alone."""
 CLOSE_S = 1.0
 RETRIED = {408, 425, 429}  # and 5xx
-
-
-class Log(Protocol):
-    """What a webhook needs of `stream.log.EventLog`."""
-
-    @property
-    def last(self) -> int: ...
-    def read(self, after: int, limit: int = ...) -> list[Entry]: ...
-    def position(self, reader: str) -> int | None: ...
-    def keep_position(self, reader: str, number: int) -> None: ...
 
 
 def wants(
@@ -86,7 +75,7 @@ class Webhook:
     and one whose URL changes begins anew.
     """
 
-    def __init__(self, log: Log, url: str, *, secret: str | None, wanted: Callable[[Entry], bool]) -> None:
+    def __init__(self, log: EventLog, url: str, *, secret: str | None, wanted: Callable[[Entry], bool]) -> None:
         """`secret` signs; with the prefix whsec_ it is base64. InputError for a URL or a secret that is none."""
         self._log = log
         self._receiver = Receiver(url)

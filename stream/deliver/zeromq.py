@@ -47,12 +47,16 @@ def public_key(secret_key: str) -> str:
 
 def _check_key(name: str, key: str) -> None:
     _need_curve()
+    if not is_key(key):
+        raise InputError(f"{name} for ZeroMQ is no CURVE key: it must be 40 characters of Z85, as new keys are printed")
+
+
+def is_key(text: str) -> bool:
+    """Whether it is a CURVE key, 32 bytes in Z85."""
     try:
-        if len(z85.decode(key)) == 32:
-            return
+        return len(z85.decode(text)) == 32
     except (ValueError, KeyError, struct.error):  # whatever z85 stumbles over
-        pass
-    raise InputError(f"{name} for ZeroMQ is no CURVE key: it must be 40 characters of Z85, as new keys are printed")
+        return False
 
 
 def _need_curve() -> None:

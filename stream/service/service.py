@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Self
 
 from kernels.engine import Engine
@@ -70,14 +70,15 @@ class Service:
         self._leaving: deque[Stream] = deque()
         self._changing = threading.RLock()  # streams and config
         self._work, self._stopping = threading.Event(), False
-        self._held = self._hold(self._queries(config))
+        queries = self._queries(config)
+        self._held = self._hold(queries)
         self._sockets = Sockets(
             self,
             events,
             config.server,
             limits=config.limits,
             history_s=config.limits.history_s if self._capacity else 0.0,
-            webhooks=self._webhooks(config),
+            webhooks=self._webhooks(config, queries),
         )
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
         try:
@@ -193,7 +194,8 @@ class Service:
             InputError, SourceError: it cannot be followed, and nothing has changed.
         """
         # What may fail comes first, and what takes long without the lock, which clients wait for.
-        queries, webhooks = self._queries(config), self._webhooks(config)
+        queries = self._queries(config)
+        webhooks = self._webhooks(config, queries)
         with self._changing:
             found, old = changes(self.config, config), self.config
             gone = self._gone(config, found)
@@ -289,7 +291,7 @@ class Service:
         elif item.state != "connected":
             session.interrupt()
 
-    def _settle(self, stream: Stream, asked: Iterable[tuple[str, str]]) -> None:
+    def _settle(self, stream: Stream, asked: Sequence[tuple[str, str]]) -> None:
         """Bring the rows of a stream up to what is wanted of it."""
         session = stream.session
         if stream.anew:
@@ -312,7 +314,7 @@ class Service:
             for query_id, query in wanted.items():
                 if query_id not in running | coming | stream.pending.keys():
                     stream.pending[query_id] = query
-        running = {query.id for query in session.queries}
+        running = {query.id for query in session.queries} if asked else set()
         for name, query_id in asked:
             if name in (session.stream, ANY) and query_id in running:
                 self._sockets.running(session.stream, query_id)
@@ -353,8 +355,8 @@ class Service:
             self.interest.hold(stream, query)
         return [(stream, query.id) for stream, query in queries]
 
-    def _webhooks(self, config: Config) -> list[Webhook]:
-        return [self._webhook(each, [query for _, query in self._queries(config)]) for each in config.webhooks]
+    def _webhooks(self, config: Config, queries: list[tuple[str, Query]]) -> list[Webhook]:
+        return [self._webhook(each, [query for _, query in queries]) for each in config.webhooks]
 
     def _webhook(self, config: WebhookConfig, queries: list[Query]) -> Webhook:
         ids = None
