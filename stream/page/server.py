@@ -96,7 +96,7 @@ class Page:
         # What a cookie holds: it outlives a restart, and who finds it does not learn the token.
         self._pass = hmac.new((token or "").encode(), b"page", hashlib.sha256).hexdigest()
         self._listener: socket.socket | None = None
-        self._sockets: set[web.WebSocketResponse] = set()
+        self._links: dict[web.WebSocketResponse, asyncio.WriteTransport] = {}
 
     @property
     def url(self) -> str:
@@ -130,13 +130,15 @@ class Page:
         try:
             await web.SockSite(runner, self._listener, ssl_context=self._tls).start()
             await stop.wait()
-            share_s = CLOSE_TIMEOUT_S / max(1, len(self._sockets))
-            for each in [*self._sockets]:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(share_s):
-                        await each.close(code=WSCloseCode.GOING_AWAY, drain=False)
         finally:
+            links = list(self._links.items())
+            for link, _ in links:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSE_TIMEOUT_S / len(links)):
+                        await link.close(code=WSCloseCode.GOING_AWAY, drain=False)
             await runner.cleanup()
+            for _, transport in links:
+                transport.abort()  # a client that does not read: what waits for it would keep the connection
 
     # -- who may come in
 
@@ -191,11 +193,12 @@ class Page:
             writer_limit=WRITE_LIMIT_BYTES,
         )
         await link.prepare(request)
-        self._sockets.add(link)
+        assert isinstance(request.transport, asyncio.WriteTransport)
+        self._links[link] = request.transport
         try:
             await converse(_Link(link), self._board, self._log)
         finally:
-            self._sockets.discard(link)
+            self._links.pop(link)
         return link
 
     async def _picture(self, request: web.Request) -> web.StreamResponse:
