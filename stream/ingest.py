@@ -208,8 +208,7 @@ class VideoSource:
             self._start(pipeline)
 
     def _start(self, pipeline: Pipeline) -> None:
-        ring = self._ring
-        pipeline.start(self._decoded, ring and (lambda unit, caps, first: ring.put(unit, caps, first=first)))
+        pipeline.start(self._decoded, self._ring.put if self._ring else None)
 
     # -- in GStreamer's streaming thread
 

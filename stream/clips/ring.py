@@ -114,7 +114,7 @@ class Ring:
         with self._lock:
             self._anew = why, None
 
-    def put(self, unit: Unit, caps: str, *, first: bool) -> None:
+    def put(self, unit: Unit, caps: str, first: bool) -> None:
         """The next unit. first: of another decoder than the one before."""
         with self._lock:
             part = self._part

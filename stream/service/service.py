@@ -161,7 +161,7 @@ class Service:
                 history=history,
                 sequencer=self._sequencer,
             )
-            feed = Feed(parsed, name, self._hop_ns, self._work.set, track and track.ring)
+            feed = Feed(parsed, name, self._hop_ns, self._work.set, track.ring if track else None)
             self._streams = {**self._streams, name: Stream(feed, session, track)}
         self._work.set()
 
