@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from stream.clips.mp4 import Mp4
+from stream.clips.mp4 import Mp4, Mp4Error
 from stream.clips.pictures import Picture, Pictures
 from stream.clips.ring import Ring, Start, Unit
 from stream.clips.shelf import Shelf
@@ -76,6 +76,9 @@ class Cut:
         return None if self.closed is None or end_ns is None else end_ns + int(self._config.after_s * NS)
 
     def _feed(self, now_ns: int, has_room: Callable[[int], bool]) -> None:
+        self._end_if_due()
+        if self._ended:
+            return
         run = self._ring.run(self._start.part, self._after, now_ns)
         if run.lost:
             self._end(TOO_SLOW)
@@ -101,13 +104,18 @@ class Cut:
         self.nbytes += len(unit.data)
         self._reordered |= time_ns < self._last_ns
         self._last_ns = max(self._last_ns, time_ns)
+        self._end_if_due()
+
+    def _end_if_due(self) -> None:
         stop_ns = self._stop_ns
-        if stop_ns is not None and time_ns >= stop_ns + _REORDER_NS * self._reordered:
+        if stop_ns is not None and self._last_ns >= stop_ns + _REORDER_NS * self._reordered:
             self._end(None)
 
     def _end(self, why: str | None) -> None:
         """why: no more comes, in words; None: it has all that it is to have."""
         self._ended = True
+        if not self.nbytes:
+            raise Mp4Error(why or "nothing of the moment is held")
         if why is not None and (self._stop_ns is None or self._last_ns < self._stop_ns):
             self._short.append(why)
         self._mp4.end()

@@ -178,7 +178,7 @@ class Recorder:
         for cut in self._cuts():
             cut.leave(ENDED)
         until_s = time.monotonic() + CLOSE_S
-        while self._cutting and time.monotonic() < until_s:
+        while any(cut.clip is None for cut in self._cuts()) and time.monotonic() < until_s:
             self._step()
             time.sleep(0.01)
         for cut in self._cuts():
