@@ -130,7 +130,7 @@ def _chain(caps: str) -> str:
 
 
 def _with_colours(caps: str) -> str:
-    """GStreamer 1.22's mp4mux reads two fields of VP9's format that need not be there, and crashes where they are not."""
+    """GStreamer 1.22's mp4mux reads two fields of VP9's format, and crashes where they are not given."""
     if caps.startswith("video/x-vp9"):
         for field, usual in (("chroma-site", "mpeg2"), ("colorimetry", "bt709")):
             caps += "" if f"{field}=" in caps else f", {field}=(string){usual}"
