@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("gi", reason="needs GStreamer's Python bindings")
 
+from bench.camera import free_port
 from stream.clips import recorder as recording
 from stream.clips.recorder import RAW, Recorder, Track
 from stream.clips.ring import FORMAT
@@ -25,7 +26,7 @@ from stream.ingest import VideoSource, open_source
 from stream.sources import parse_source
 from stream.types import NS, Clip, Event, Frame, Kind, Moment, Pixels
 from tests.media import RATE, picture, write_video
-from tests.serve import until
+from tests.serve import camera, until
 from tests.test_events import query
 from tests.test_serve_faults import fill
 
@@ -50,7 +51,7 @@ def shown(path: Path) -> Shown:
         assert stream.time_base is not None
         packets = [packet for packet in container.demux(stream) if packet.pts is not None]
         assert packets[0].is_keyframe
-        dts = [float(packet.dts * stream.time_base) for packet in packets]
+        dts = [float((packet.dts or 0) * stream.time_base) for packet in packets]
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         times = [float(frame.time or 0) for frame in frames]
@@ -148,7 +149,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def is_picture(pixels: Pixels, number: int) -> bool:
     """Whether this is what `tests.media.picture` drew, and neither the one before nor the one after."""
     off = [np.abs(pixels.astype(float) - picture(number + step, *SIZE)).mean() for step in (-1, 0, 1)]
-    return off[1] == min(off)
+    return bool(off[1] == min(off))
 
 
 @pytest.mark.parametrize("codec", ["h264", "h265", "vp9", "mpeg4"])
@@ -170,6 +171,23 @@ def test_a_clip_shows_what_the_stream_showed_then(codec: str, videos: Callable[[
     for at_s, pixels in zip(video.times, video.pixels, strict=True):
         assert is_picture(pixels, round((clip.start_ns / NS + at_s) * RATE))
     assert desk.track.describe() == {"open": 0, "written": 1, "failed": 0, "bytes": clip.nbytes}
+
+
+def test_rtsp_does_not_tell_in_which_order_pictures_are_decoded(tmp_path: Path, desk: Desk) -> None:
+    """B-frames, which an RTSP server sends without the time of decoding."""
+    path, port = write_video(tmp_path / "b.mp4", size=SIZE, frames=9 * RATE, gop=RATE), free_port()
+    with camera(port, "--file", path):
+        source = watch(desk.track, f"rtsp://127.0.0.1:{port}/cam", until_s=6)
+        desk.moment("m", 2.5, 3)
+        clip = desk.clips(1)["m"]
+        source.close()
+    assert clip.missing is None and clip.start_ns <= 0.5 * NS and clip.end_ns >= 5 * NS
+    video = desk.video(clip)
+    assert all(a < b for a, b in pairwise(video.dts)) and all(a < b for a, b in pairwise(video.times))
+    first = next(number for number in range(2 * RATE) if is_picture(video.pixels[0], number))
+    asked = [number for number, at_s in enumerate(video.times) if clip.start_ns / NS + at_s <= 5]
+    assert all(is_picture(video.pixels[number], first + number) for number in asked)
+    assert video.times[asked[-1]] == pytest.approx(asked[-1] / RATE, abs=0.1)
 
 
 def test_a_moment_that_lasts_grows_on_the_disk_and_not_in_memory(videos: Callable[[str], Path], desk: Desk) -> None:
@@ -365,7 +383,7 @@ def test_pictures_are_those_that_were_looked_at(videos: Callable[[str], Path], d
     for frame in frames[::7]:
         jpeg = pictures.at(frame.wall_ns + HOP_NS // 3)
         assert jpeg and pictures.nearest(frame.pts_ns + 1).jpeg == jpeg  # type: ignore[union-attr]
-        with av.open(io.BytesIO(jpeg)) as container:
+        with av.open(io.BytesIO(jpeg), "r") as container:
             (decoded,) = container.decode(video=0)
             off = np.abs(decoded.to_ndarray(format="rgb24").astype(float) - frame.pixels).mean()
         assert decoded.width == 160 and off < 8
