@@ -187,7 +187,7 @@ def test_rtsp_does_not_tell_in_which_order_pictures_are_decoded(tmp_path: Path, 
     first = next(number for number in range(2 * RATE) if is_picture(video.pixels[0], number))
     asked = [number for number, at_s in enumerate(video.times) if clip.start_ns / NS + at_s <= 5]
     assert all(is_picture(video.pixels[number], first + number) for number in asked)
-    assert video.times[asked[-1]] == pytest.approx(asked[-1] / RATE, abs=0.1)
+    assert video.times[asked[-1]] == pytest.approx(asked[-1] / RATE, abs=0.5)  # RTP smooths what came unevenly
 
 
 def test_a_moment_that_lasts_grows_on_the_disk_and_not_in_memory(videos: Callable[[str], Path], desk: Desk) -> None:
