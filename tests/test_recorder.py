@@ -216,7 +216,7 @@ def test_what_is_missing_is_said(videos: Callable[[str], Path], tmp_path: Path) 
         desk.tell(Kind.CLOSED, "late", 17, 19)
         clips = desk.clips(2)
         assert clips["early"].missing == "only 0.5 s before it are held"
-        assert clips["late"].missing == "the stream was reconnecting"
+        assert clips["late"].missing == "the stream was interrupted"
         desk.tell(Kind.CLOSED, "long", 6, 15)
         long = desk.clips(1)["long"]  # told once the moment has closed
         assert long.missing == "it is cut off at 8 s" and 7.5 * NS < long.end_ns - long.start_ns <= 8 * NS

@@ -111,7 +111,7 @@ def test_clips_show_what_was_before_and_after_and_end_with_their_streams(tmp_pat
     kinds = [event["type"].split(".")[-2] for event in past if event["data"]["moment_id"] == data["moment_id"]]
     assert (kinds[0], kinds[-2], kinds[-1], kinds.count("ready")) == ("opened", "closed", "ready", 1)
 
-    for name, why in (("dies", "was reconnecting"), ("goes", "was removed"), ("last", "the service ended")):
+    for name, why in (("dies", "was interrupted"), ("goes", "was removed"), ("last", "the service ended")):
         (data,) = of(events, "ready", name)
         clip, video = data["clip"], shown(file_of(folder, data))
         assert not clip["complete"] and why in clip["missing"] and "before it are held" in clip["missing"]

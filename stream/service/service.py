@@ -197,7 +197,7 @@ class Service:
                 "looked_at": stream.feed.taken - stream.feed.dropped,
                 "dropped": stream.feed.dropped,
                 "reconnects": stream.feed.reconnects,
-                **({"clips": stream.track.describe()} if stream.track and self.config.clips.folder else {}),
+                **({"clips": stream.track.describe()} if stream.track and stream.track.has_clips else {}),
             }
             for name, stream in self._streams.items()
         ]
