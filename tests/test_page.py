@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,10 +68,10 @@ class Shown:
 
 
 @contextmanager
-def opened(folder: Path, *, port: int = 0, **options: object) -> Iterator[tuple[Program, Page, Shown]]:
+def opened(folder: Path, *, port: int = 0, **options: Any) -> Iterator[tuple[Program, Page, Shown]]:
     shown = Shown(folder)
     access = {name: options[name] for name in ("token", "tls") if name in options}
-    page = Page(shown, port=port, **access)  # type: ignore[arg-type]
+    page = Page(shown, port=port, **access)
     with Program(doors=[page], **options) as program:
         yield program, page, shown
 
@@ -96,8 +97,9 @@ def login(page: Page, body: bytes) -> tuple[int, str]:
             return error.code, ""
 
 
-def socket_of(page: Page, **options: object) -> ClientConnection:
-    return connect(page.url.replace("http", "ws", 1) + "/ws", proxy=None, compression=None, **options)  # type: ignore[arg-type]
+def socket_of(page: Page, **options: Any) -> ClientConnection:
+    link: ClientConnection = connect(page.url.replace("http", "ws", 1) + "/ws", proxy=None, compression=None, **options)
+    return link
 
 
 def test_it_serves_what_the_program_shows(tmp_path: Path) -> None:
