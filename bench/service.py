@@ -210,7 +210,7 @@ class Served:
         tables = [
             table("", {"queries": setup.queries}),
             table("engine", engine),
-            table("server", {"ws_port": 0, "zmq_port": 0}),
+            table("server", {"ws_port": 0, "zmq_port": 0, "page_port": 0}),
             table("log", {"path": str(folder / "events.sqlite"), "max_mb": self._log_mb}),
             table("moments", self._moments),
             table("limits", {"streams": max(1, len(self._sources))}),

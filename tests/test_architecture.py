@@ -18,6 +18,7 @@ ADAPTERS = {
     "openvino": {"bench/ops.py"},
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
+    "aiohttp": {"stream/page/server.py"},
     "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {

@@ -88,11 +88,10 @@ def _listening(server: ServerConfig) -> Iterator[tuple[str, str]]:
     host = f"[{server.bind}]" if ":" in server.bind else server.bind
     reach = "this machine only" if server.is_loopback else "other machines too"
     tls, token = server.tls_cert is not None, server.token is not None
-    yield (
-        "WebSocket",
-        f"{'wss' if tls else 'ws'}://{host}:{server.ws_port or '(any port)'}, {reach}, "
-        f"{'encrypted' if tls else 'not encrypted'}, {'with a token' if token else 'without a token'}",
-    )
+    whom = f"{'encrypted' if tls else 'not encrypted'}, {'with a token' if token else 'without a token'}"
+    for name, scheme, port in (("WebSocket", "ws", server.ws_port), ("page", "http", server.page_port)):
+        address = f"{scheme}{'s' if tls else ''}://{host}:{port or '(any port)'}"
+        yield name, "off" if port is None else f"{address}, {reach}, {whom}"
     if server.zmq_port is None:
         yield "ZeroMQ", "off"
     else:

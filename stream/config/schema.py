@@ -108,6 +108,7 @@ class ServerConfig(_Table):
     bind: Host = "127.0.0.1"
     ws_port: Port = 8765  # 0: any free one
     zmq_port: PortOrOff = 5555  # 0: any free one; None (in the file: false): no ZeroMQ
+    page_port: PortOrOff = 8766  # 0: any free one; None (in the file: false): no page, no clips to load, no metrics
     token: Token | None = Field(default=None, repr=False)
     tls_cert: FilePath | None = None  # both or none
     tls_key: FilePath | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from stream.deliver.interest import ANY
 from stream.deliver.log import Entry
 from stream.events import lost_notice
+from stream.history import Scores
 from stream.types import NS, Kind
 
 _BURST_S = 5.0  # of messages that a client may send at once, in seconds of its rate
@@ -100,6 +101,8 @@ class Peer:
         self.position = position  # up to where it has been sent the log
         self.wants: dict[Key, Want] = {}
         self.joins: list[Join] = []  # in the order in which they are to be told
+        # Of (stream, query): whose scores, and how many of them it has been sent; None: it does not follow the curves.
+        self.curves: dict[tuple[str, str], tuple[Scores, int]] | None = None
         self.wake = asyncio.Event()  # set when there may be something to send
         self._name, self._notices = uuid.uuid4().hex, 0
         self._tokens, self._filled_s = float("inf"), time.monotonic()

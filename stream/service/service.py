@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from kernels.engine import Engine
 from kernels.errors import InputError
 from stream.backfill import Backfill
 from stream.config.schema import Changes, Config, WebhookConfig, changes
+from stream.curves import Curve, curves_of
 from stream.deliver.interest import ANY, Interest
 from stream.deliver.log import EventLog
 from stream.deliver.publish import Sockets
@@ -24,6 +25,7 @@ from stream.deliver.webhook import Webhook, wants
 from stream.events import Sequencer
 from stream.history import History
 from stream.pipeline import require_plugins
+from stream.service.backstage import Backstage, page_of
 from stream.service.feed import Feed
 from stream.service.why import why
 from stream.session import Session, push_all
@@ -72,10 +74,12 @@ class Service:
         self._work, self._stopping = threading.Event(), False
         queries = self._queries(config)
         self._held = self._hold(queries)
+        self._page = page_of(config.server, Backstage(self))
         self._sockets = Sockets(
             self,
             events,
             config.server,
+            doors=[self._page] if self._page else [],
             limits=config.limits,
             history_s=config.limits.history_s if self._capacity else 0.0,
             webhooks=self._webhooks(config, queries),
@@ -95,6 +99,10 @@ class Service:
     @property
     def zmq_address(self) -> str | None:
         return self._sockets.zmq_address
+
+    @property
+    def page_url(self) -> str | None:
+        return self._page.url if self._page else None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -167,7 +175,12 @@ class Service:
                 "source": stream.feed.source.shown,
                 "state": stream.feed.state.state,
                 **({"reason": stream.feed.state.reason} if stream.feed.state.reason else {}),
-                "queries": len(stream.session.queries),
+                "queries": len(queries := stream.session.queries),
+                "watching": [
+                    {"query_id": query.id, "query": query.text, "threshold": stream.session.threshold(query)}
+                    for query in queries
+                ],
+                "hop_s": self._hop_ns / NS,
                 "decoded": stream.feed.decoded,
                 "looked_at": stream.feed.taken - stream.feed.dropped,
                 "dropped": stream.feed.dropped,
@@ -175,6 +188,10 @@ class Service:
             }
             for name, stream in self._streams.items()
         ]
+
+    def curves(self) -> Iterator[Curve]:
+        """The scores of every query on every stream."""
+        return (curve for stream in self._streams.values() for curve in curves_of(stream.session))
 
     def why(self, stream: str, query: Query) -> list[dict[str, Any]]:
         """What a query scores on a stream, or on each, and why nothing is told.
@@ -275,7 +292,8 @@ class Service:
                     frames.append((stream.session, item))
                     break
                 self._news(stream.session, item)
-        push_all(frames)
+        if push_all(frames):
+            self._sockets.scored()
         until_ns = time.monotonic_ns() + SLICE_NS
         waiting = [each for each in self._streams.values() if each.pending or each.backfill]
         for stream in sorted(waiting, key=lambda each: each.looked_back_ns):
@@ -336,6 +354,7 @@ class Service:
             for query in stream.backfill.queries:
                 self._sockets.running(session.stream, query.id)
             stream.backfill = None
+            self._sockets.scored()
 
     def _check_stream(self, name: str) -> None:
         if name not in self._streams:
