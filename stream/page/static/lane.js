@@ -25,7 +25,7 @@ export class Lane {
     this.close.ariaLabel = `Stop watching for ${query}`;
     this.close.onclick = () => group.page.remove(query_id);
     const head = element("div", "head");
-    head.append(element("span", "swatch"), title, this.tag, this.now, this.close);
+    head.append(element("span", "swatch"), title, this.tag, this.close, this.now);
     const plot = element("div", "plot");
     this.canvas = element("canvas");
     this.canvas.role = "img";

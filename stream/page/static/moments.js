@@ -102,13 +102,14 @@ class Row {
     this.thumb.disabled = true;
     this.thumb.onclick = () => this.dialog.show(this.clip, this.title());
     const head = element("p", "what");
-    head.append(element("span", "swatch"), element("b", "", data.query), element("span", "dim", data.stream));
+    head.append(element("span", "swatch"), element("b", "", data.query));
     this.facts = element("p", "facts");
-    for (const name of ["start", "lasts", "score", "late"]) this.facts.append((this[name] = element("span", name)));
+    for (const name of ["where", "start", "lasts", "score", "late"]) this.facts.append((this[name] = element("span", name)));
     this.links = element("p", "links");
     const text = element("div");
     text.append(head, this.facts, this.links);
     node.append(this.thumb, text);
+    this.where.textContent = data.stream;
     this.start.textContent = clock(this.at);
   }
 
@@ -124,7 +125,7 @@ class Row {
     this.node.classList.toggle("open", data.end === null);
     this.node.dataset.state = data.end === null ? "open" : "closed";
     this.score.textContent = `score ${data.score.toFixed(2)}`;
-    this.late.textContent = data.backfill ? "earlier" : this.latency == null ? "" : `${this.latency.toFixed(0)} ms late`;
+    this.late.textContent = data.backfill ? "earlier" : this.latency == null ? "" : `latency ${this.latency.toFixed(0)} ms`;
     this.lasting(data.end === null ? 0 : data.end_s - data.start_s);
     if (!this.clip) this.picture(`/streams/${encodeURIComponent(data.stream)}/pictures/${peak(data)}.jpg`);
   }

@@ -23,7 +23,7 @@ export class Stream {
     this.state = element("p", "state");
     this.picture = new Picture(name);
     const facts = element("dl");
-    for (const fact of ["fps", "latency", "p95", "drops", "reconnects"]) {
+    for (const fact of ["fps", "latency", "drops", "reconnects"]) {
       const pair = element("div");
       pair.append(element("dt", "", fact), (this[fact] = element("dd", "", "–")));
       facts.append(pair);
@@ -39,7 +39,7 @@ export class Stream {
     const side = element("div", "side");
     side.append(this.title, this.state, this.picture.node, facts, saves);
     const lanes = element("div", "lanes");
-    this.shelf = element("div");
+    this.shelf = element("div", "shelf");
     this.axis = element("canvas", "axis");
     this.axis.ariaHidden = "true";
     this.empty = element("p", "empty", "No query runs here: type one above.");
@@ -142,8 +142,8 @@ export class Stream {
       this.latencies.push(data.capture_to_publish_ms);
       if (this.latencies.length > LATENCIES) this.latencies.shift();
       const sorted = [...this.latencies].sort((a, b) => a - b);
-      this.latency.textContent = `${data.capture_to_publish_ms.toFixed(0)} ms`;
-      this.p95.textContent = `${sorted[Math.ceil(0.95 * sorted.length) - 1].toFixed(0)} ms`;
+      const p95 = sorted[Math.ceil(0.95 * sorted.length) - 1];
+      this.latency.textContent = `${data.capture_to_publish_ms.toFixed(0)} ms, p95 ${p95.toFixed(0)}`;
     }
     this.changed();
   }
