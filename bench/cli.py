@@ -12,6 +12,7 @@ MEASURES = {
     "latency": "glass to event on a live RTSP stream, and what each stage takes of it",
     "model": "what one window costs the model, beside the image tower and the published model",
     "ops": "what each engine and kernel takes on this CPU, beside its reference and what the machine could do at best",
+    "page": "what clips of every moment and clients of the page cost the events",
     "soak": "the memory of a service that watches live streams for long, and how late its events are",
 }
 """Each is a module of this package with `add_arguments` and `run`."""
