@@ -12,24 +12,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from bench.browser import SIZES, browser
 from bench.camera import clips_folder, free_port, serve, start, wait_for_port
 from bench.demo import BICYCLE, CARS, MAN
 from kernels.errors import InputError, LivemomentsError
 from stream.output import check_folder
 from trainer.render import FPS, Kind, Segment, render
 
-CHROMIUM = Path("/usr/bin/chromium")
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-)
-"""Options that keep a browser to itself: it is to load the page and nothing else."""
-SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
+SCHEMES: tuple[Literal["dark", "light"], ...] = ("dark", "light")
 RABBIT = "a cartoon rabbit in a meadow"
 SCENES: dict[str, tuple[tuple[Kind | str, float], ...]] = {
     "entrance": ((Kind.ROOM, 24), ("carphone_pristine", 12), (Kind.ROOM, 31), ("carphone_pristine", 8)),
@@ -85,29 +77,28 @@ def _segment(shown: Kind | str, seconds: float) -> Segment:
 
 def take(url: str, out: Path, seconds: float) -> None:
     """Watch, then ask for something, and take its picture in each size, light and dark."""
-    from playwright.sync_api import sync_playwright  # only tests and this need it
-
-    if not CHROMIUM.exists():
-        raise InputError(f"{CHROMIUM} is missing: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+    with browser() as opened:
         time.sleep(max(0.0, seconds - 20))
         for name, (width, height) in SIZES.items():
-            for scheme in ("dark", "light"):
-                options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
-                page = browser.new_page(**options, device_scale_factor=2 if name == "phone" else 1)
+            for scheme in SCHEMES:
+                page = opened.new_page(
+                    color_scheme=scheme,
+                    viewport={"width": width, "height": height},
+                    device_scale_factor=2 if name == "phone" else 1,
+                )
                 page.goto(url)
                 page.fill("#text", BICYCLE)
                 page.click("#ask button")
                 page.locator(".lane", has_text=BICYCLE).first.wait_for()
                 page.wait_for_timeout(4500)
-                lane = page.locator(".lane .scrub").first
                 if name == "desktop" and scheme == "dark":
-                    lane.hover(position={"x": (lane.bounding_box() or {"width": 100.0})["width"] - 60, "y": 20})
+                    scrub = page.locator(".lane .scrub").first
+                    box = scrub.bounding_box()
+                    assert box is not None
+                    scrub.hover(position={"x": 0.8 * box["width"], "y": 20})
                     page.wait_for_timeout(800)
                 page.screenshot(path=out / f"{name}{'' if scheme == 'dark' else '-light'}.png")
                 page.close()
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ADAPTERS = {
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
     "aiohttp": {"stream/page/server.py"},
+    "playwright": {"bench/browser.py"},
     "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {

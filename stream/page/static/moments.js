@@ -100,6 +100,8 @@ class Row {
     this.image.onerror = () => this.image.classList.add("absent");
     this.thumb.append(this.image);
     this.thumb.disabled = true;
+    // For pointers: who hears the page, or uses keys, has the button beside it.
+    Object.assign(this.thumb, { ariaHidden: "true", tabIndex: -1 });
     this.thumb.onclick = () => this.dialog.show(this.clip, this.title());
     const head = element("p", "what");
     head.append(element("span", "swatch"), element("b", "", data.query));
@@ -134,11 +136,10 @@ class Row {
     this.clip = clip;
     this.picture(clip.thumbnail);
     this.thumb.disabled = false;
-    this.thumb.ariaLabel = `Play the clip of ${this.title()}`;
     this.node.classList.add("clipped");
     const play = element("button", "", "▶ Play"), save = element("a", "", "Download");
     play.type = "button";
-    play.ariaLabel = this.thumb.ariaLabel;
+    play.ariaLabel = `Play the clip of ${this.title()}`;
     play.onclick = this.thumb.onclick;
     save.href = clip.url;
     save.download = "";

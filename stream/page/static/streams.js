@@ -14,7 +14,7 @@ const seen = new IntersectionObserver((entries) => {
 export class Stream {
   /** page: {theme(text), remove(query_id), threshold(lane, value), peek(lane, time), draw(stream), isOwn(query_id)} */
   constructor(page, name) {
-    Object.assign(this, { page, name, lanes: new Map(), moments: new Map(), latencies: [], ahead: undefined });
+    Object.assign(this, { page, name, lanes: new Map(), moments: new Map(), latencies: [], ahead: undefined, to: Date.now() });
     const node = (this.node = element("article", "stream"));
     node.stream = this;
     node.dataset.stream = name;
@@ -96,7 +96,9 @@ export class Stream {
       lane.mark(this.page.isOwn(lane.id));
       this.lanes.set(lane.id, lane);
       this.shelf.append(lane.node);
-      this.empty.hidden = !(this.axis.hidden = false);
+      this.axis.hidden = false;
+      this.empty.hidden = true;
+      lane.describe();
     }
     return lane;
   }
@@ -120,6 +122,7 @@ export class Stream {
       this.ahead = message.anew ? ahead : Math.max(this.ahead ?? -Infinity, ahead);
       this.newest = Math.max(this.newest ?? 0, newest + lane.hop / 2);
     }
+    if (message.anew) lane.describe();
     this.picture.ask();
     this.changed();
   }
@@ -177,7 +180,6 @@ export class Stream {
     for (const of of this.moments.values()) {
       for (const [id, { end }] of of) if (end !== null && end < this.from) of.delete(id);
     }
-    this.to ??= this.now();
     for (const lane of this.lanes.values()) lane.describe();
     this.changed();
   }
