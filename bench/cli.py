@@ -8,6 +8,7 @@ from kernels.errors import InputError
 
 MEASURES = {
     "accuracy": "recorded videos through the very code of `run`, scored on what was published when",
+    "backfill": "how long a new query takes to be answered for the past",
     "capacity": "how many live streams, each with its queries, this machine bears, and what limits it",
     "latency": "glass to event on a live RTSP stream, and what each stage takes of it",
     "model": "what one window costs the model, beside the image tower and the published model",

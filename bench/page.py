@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     setup = setup_of(args)
-    for name, least in (("seconds", 5), ("rounds", 1), ("clients", 0)):
+    for name, least in (("seconds", 3), ("rounds", 1), ("clients", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     turns = measure(setup, args.seconds, args.rounds, args.clients, Console(stderr=True, highlight=False))
@@ -58,7 +58,8 @@ def measure(setup: Setup, seconds: int, rounds: int, clients: int, console: Cons
             scene(0, folder / "camera.mp4")
         url = serve(stack, folder / "camera.mp4", loop=True)
         plan = [kind for _ in range(rounds) for kind in TURNS]
-        progress = iter(track(range(len(plan) * (WARM_UP_S + seconds)), "measuring", console=console))
+        warm_s = min(WARM_UP_S, seconds)
+        progress = iter(track(range(len(plan) * (warm_s + seconds)), "measuring", console=console))
         for turn, kind in enumerate(plan):
             clips = folder / f"clips-{turn}" if kind == "with" else None
             with ExitStack() as inner:
@@ -77,8 +78,8 @@ def measure(setup: Setup, seconds: int, rounds: int, clients: int, console: Cons
                     )
                     assert viewers.stdout is not None
                     viewers.stdout.readline()
-                for second in range(WARM_UP_S + seconds):
-                    if second == WARM_UP_S:
+                for second in range(warm_s + seconds):
+                    if second == warm_s:
                         listener.take()
                     next(progress)
                     time.sleep(1)
