@@ -326,6 +326,7 @@ def test_it_outlives_the_service(chromium: Browser, tmp_path: Path) -> None:
 PROBE = """([query, start]) => {
   const canvas = document.querySelector(`[data-query-id="${query}"] canvas`);
   const band = JSON.parse(canvas.dataset.bands).find((band) => band.start === start);
-  const at = (x) => [...canvas.getContext("2d").getImageData(x, 4, 1, 1).data].join();
+  // Below the curve: there is nothing but the band.
+  const at = (x) => [...canvas.getContext("2d").getImageData(x, canvas.height - 2, 1, 1).data].join();
   return [at((band.left + band.right) / 2), at(band.left - 5)];
 }"""

@@ -1,6 +1,7 @@
 // The connection to the service: one WebSocket that comes back by itself, and an answer for each request.
 
 const FIRST_MS = 500, MOST_MS = 10000;
+const ANSWER_MS = 20000; // who does not answer for so long has gone, though nobody said so
 
 export class Link {
   /**
@@ -34,7 +35,8 @@ export class Link {
   ask(request) {
     return new Promise((resolve, reject) => {
       if (this.socket?.readyState !== WebSocket.OPEN) return reject(new Lost());
-      this.waiting.push({ resolve, reject });
+      const timer = setTimeout(() => this.hangUp(), ANSWER_MS);
+      this.waiting.push({ resolve, reject, timer });
       this.socket.send(JSON.stringify(request));
     });
   }
@@ -50,19 +52,29 @@ export class Link {
   take(message) {
     // Each request has one answer, in the order in which they were sent; these come unasked.
     if (!("op" in message) || message.op === "curve" || message.op === "caught_up") return this.message(message);
-    const { resolve, reject } = this.waiting.shift();
+    const { resolve, reject, timer } = this.waiting.shift();
+    clearTimeout(timer);
     if (message.op === "error") reject(new Error(message.message));
     else resolve(message);
   }
 
   async closed() {
-    for (const { reject } of this.waiting.splice(0)) reject(new Lost());
+    for (const { reject, timer } of this.waiting.splice(0)) {
+      clearTimeout(timer);
+      reject(new Lost());
+    }
     // A script is not told why it was not let in: a plain request to the same place is.
     const status = await fetch("/ws").then((answer) => answer.status, () => 0);
     if (status === 401) return this.state("token");
     this.state("lost", this.delay);
     this.timer = setTimeout(() => this.connect(), this.delay);
     this.delay = Math.min(MOST_MS, 2 * this.delay);
+  }
+
+  hangUp() {
+    this.socket.onclose = this.socket.onmessage = null;
+    this.socket.close();
+    this.closed();
   }
 
   hurry() {

@@ -7,8 +7,9 @@ const MOST = 200; // rows
 const FRESH_MS = 30000; // what is older than this when it comes is not read out
 
 export class Moments {
-  constructor(colourOf) {
-    this.colourOf = colourOf;
+  /** colourOf: a query's text. nowOf: a stream's name; its clock need not be ours. */
+  constructor(colourOf, nowOf) {
+    Object.assign(this, { colourOf, nowOf });
     this.list = document.getElementById("events");
     this.none = document.getElementById("none");
     this.said = document.getElementById("said");
@@ -35,6 +36,7 @@ export class Moments {
       if (kind === "opened" && Math.abs(late) < FRESH_MS) this.say(`${data.query}: began on ${data.stream}`);
     }
     row.take(kind, data, event.lognumber);
+    row.lasting(this.nowOf);
   }
 
   /** Forgets the moments of a query. */
@@ -46,9 +48,9 @@ export class Moments {
     for (const row of [...this.rows.values()]) this.drop(row);
   }
 
-  /** Once a second: what is open lasts longer. offset: of a stream's clock. */
-  tick(nowOf) {
-    for (const row of this.rows.values()) row.tick?.(nowOf);
+  /** Once a second: what is open lasts longer. */
+  tick() {
+    for (const row of this.rows.values()) row.lasting?.(this.nowOf);
   }
 
   recolour() {
@@ -105,6 +107,7 @@ class Row {
     this.thumb.onclick = () => this.dialog.show(this.clip, this.title());
     const head = element("p", "what");
     head.append(element("span", "swatch"), element("b", "", data.query));
+    if (/-at-[\d.]+$/.test(data.query_id)) head.append(element("span", "dim", `from ${data.threshold.toFixed(2)}`));
     this.facts = element("p", "facts");
     for (const name of ["where", "start", "lasts", "score", "late"]) this.facts.append((this[name] = element("span", name)));
     this.links = element("p", "links");
@@ -116,7 +119,6 @@ class Row {
   }
 
   take(kind, data, number) {
-    if (kind === "ready") return this.takeClip(data.clip);
     if (kind === "highlight") this.node.classList.add("highlight");
     if (number !== undefined && number <= this.number) return;
     this.number = number ?? this.number;
@@ -128,7 +130,7 @@ class Row {
     this.node.dataset.state = data.end === null ? "open" : "closed";
     this.score.textContent = `score ${data.score.toFixed(2)}`;
     this.late.textContent = data.backfill ? "earlier" : this.latency == null ? "" : `latency ${this.latency.toFixed(0)} ms`;
-    this.lasting(data.end === null ? 0 : data.end_s - data.start_s);
+    if (kind === "ready") this.takeClip(data.clip);
     if (!this.clip) this.picture(`/streams/${encodeURIComponent(data.stream)}/pictures/${peak(data)}.jpg`);
   }
 
@@ -156,12 +158,9 @@ class Row {
     return `${this.data.query} on ${this.data.stream} at ${clock(this.at)}`;
   }
 
-  tick(nowOf) {
-    if (this.data.end === null) this.lasting((nowOf(this.data.stream) - this.at) / 1000);
-  }
-
-  lasting(seconds) {
-    const open = this.data.end === null;
+  lasting(nowOf) {
+    const { end, end_s, start_s, stream } = this.data, open = end === null;
+    const seconds = open ? (nowOf(stream) - this.at) / 1000 : end_s - start_s;
     this.lasts.textContent = `${open ? "● open, " : ""}${duration(Math.max(0, seconds))}`;
   }
 

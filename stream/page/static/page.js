@@ -7,6 +7,7 @@ import { Queries } from "./queries.js";
 import { Stream } from "./streams.js";
 
 const POLL_MS = 2000, READY_MS = 10000;
+const SETTLED_MS = 400; // after which the service has let go of a query
 const PAST = 1000; // events of the log that a new page asks for
 const OVERLAP = 200; // asked for again after a gap: the past of a query runs ahead of the rest of the log
 
@@ -23,6 +24,7 @@ const page = {
     return colour(dark.matches, colours.get(key));
   },
   isOwn: (query_id) => queries.find(query_id) !== undefined,
+  isGone: (query_id) => gone.has(query_id),
   remove: (query_id) => queries.remove(queries.find(query_id)),
   /** For one's own query in its place; for one of the config it begins one's own beside it. */
   threshold(lane, value) {
@@ -42,12 +44,12 @@ const page = {
   peek,
 };
 const colourOf = (text) => page.theme(text).line;
-const moments = new Moments(colourOf);
+const moments = new Moments(colourOf, (name) => streams.get(name)?.now() ?? Date.now());
 const link = new Link({ opened, message, state });
 const queries = new Queries(link, $("own"), {
   colourOf,
   problem: (text) => warn(text),
-  gone: (query_id) => gone.add(query_id) && setTimeout(poll, 400),
+  gone: (query_id) => gone.add(query_id) && setTimeout(poll, SETTLED_MS),
 });
 
 // -- the connection
@@ -108,6 +110,7 @@ function report(all) {
     streams.delete(name);
     $("where").querySelector(`option[value="${CSS.escape(name)}"]`)?.remove();
   }
+  const running = new Set(all.flatMap((each) => each.watching.map(({ query_id }) => query_id)));
   for (const each of all) {
     if (!streams.has(each.stream)) {
       const stream = new Stream(page, each.stream);
@@ -118,7 +121,6 @@ function report(all) {
     streams.get(each.stream).update(each);
   }
   $("streams").querySelector(":scope > .empty")?.remove();
-  const running = new Set(all.flatMap((each) => each.watching.map(({ query_id }) => query_id)));
   for (const query_id of gone) {
     if (running.has(query_id)) continue;
     gone.delete(query_id);
@@ -206,7 +208,7 @@ document.addEventListener("visibilitychange", () => {
 setInterval(() => {
   if (document.hidden) return;
   for (const stream of streams.values()) stream.tick();
-  moments.tick((name) => streams.get(name)?.now() ?? Date.now());
+  moments.tick();
 }, 1000);
 setInterval(() => lamp === "connected" && !document.hidden && poll(), POLL_MS);
 setInterval(() => lamp === "connected" && !document.hidden && ready(), READY_MS);

@@ -12,7 +12,8 @@ const seen = new IntersectionObserver((entries) => {
 });
 
 export class Stream {
-  /** page: {theme(text), remove(query_id), threshold(lane, value), peek(lane, time), draw(stream), isOwn(query_id)} */
+  /** page: {theme(text), remove(query_id), threshold(lane, value), peek(lane, time), draw(stream),
+   *  isOwn(query_id), isGone(query_id)} */
   constructor(page, name) {
     Object.assign(this, { page, name, lanes: new Map(), moments: new Map(), latencies: [], ahead: undefined, to: Date.now() });
     const node = (this.node = element("article", "stream"));
@@ -23,9 +24,9 @@ export class Stream {
     this.state = element("p", "state");
     this.picture = new Picture(name);
     const facts = element("dl");
-    for (const fact of ["fps", "latency", "drops", "reconnects"]) {
+    for (const fact of ["fps", "latency / p95", "drops", "reconnects"]) {
       const pair = element("div");
-      pair.append(element("dt", "", fact), (this[fact] = element("dd", "", "–")));
+      pair.append(element("dt", "", fact), (this[fact.split(" ")[0]] = element("dd", "", "–")));
       facts.append(pair);
     }
     const saves = element("p", "saves", "moments as ");
@@ -46,7 +47,8 @@ export class Stream {
     lanes.append(this.shelf, this.axis, this.empty);
     node.append(side, lanes);
     seen.observe(node);
-    new ResizeObserver(() => this.changed()).observe(this.shelf);
+    this.resized = new ResizeObserver(() => this.changed());
+    this.resized.observe(this.shelf);
   }
 
   /** How the service says that it is. */
@@ -73,7 +75,7 @@ export class Stream {
     const running = new Set(watching.map((each) => each.query_id));
     for (const lane of [...this.lanes.values()]) {
       lane.missed = running.has(lane.id) ? 0 : lane.missed + 1;
-      if (lane.missed > 1) this.drop(lane);
+      if (lane.missed > 1 || (lane.missed && this.page.isGone(lane.id))) this.drop(lane);
     }
     for (const each of watching) this.lane({ ...each, hop_s }).hold(each.threshold);
     // Thresholds of one text stay together.
@@ -104,8 +106,12 @@ export class Stream {
   }
 
   drop(lane) {
+    const focused = lane.node.contains(document.activeElement) && document.activeElement.className;
     lane.node.remove();
     this.lanes.delete(lane.id);
+    // Another threshold has taken its place: who works by keys goes on there.
+    const next = focused && [...this.lanes.values()].find(({ text, own }) => own && text === lane.text);
+    if (next) next.node.getElementsByClassName(focused)[0]?.focus({ preventScroll: true });
     this.moments.delete(lane.id);
   }
 
@@ -129,7 +135,6 @@ export class Stream {
 
   /** An event of a query; the same moment may come again. */
   event(kind, data) {
-    if (kind === "ready") return;
     const of = this.moments.get(data.query_id) ?? new Map();
     this.moments.set(data.query_id, of);
     const start = Date.parse(data.start), end = data.end === null ? null : Date.parse(data.end);
@@ -146,8 +151,9 @@ export class Stream {
       if (this.latencies.length > LATENCIES) this.latencies.shift();
       const sorted = [...this.latencies].sort((a, b) => a - b);
       const p95 = sorted[Math.ceil(0.95 * sorted.length) - 1];
-      this.latency.textContent = `${data.capture_to_publish_ms.toFixed(0)} ms, p95 ${p95.toFixed(0)}`;
+      this.latency.textContent = `${data.capture_to_publish_ms.toFixed(0)} / ${p95.toFixed(0)} ms`;
     }
+    for (const [id, { end }] of of) if (end !== null && end < this.now() - WINDOW_MS) of.delete(id);
     this.changed();
   }
 
@@ -177,9 +183,6 @@ export class Stream {
 
   /** Once a second. */
   tick() {
-    for (const of of this.moments.values()) {
-      for (const [id, { end }] of of) if (end !== null && end < this.from) of.delete(id);
-    }
     for (const lane of this.lanes.values()) lane.describe();
     this.changed();
   }
@@ -200,6 +203,8 @@ export class Stream {
 
   leave() {
     seen.unobserve(this.node);
+    this.resized.disconnect();
+    this.picture.shown = false;
     this.node.remove();
   }
 }
@@ -209,7 +214,7 @@ class Picture {
   constructor(name) {
     this.node = element("div", "picture");
     this.url = `/streams/${encodeURIComponent(name)}/picture.jpg`;
-    this.image = element("img");
+    this.image = element("img", "absent");
     Object.assign(this.image, { alt: `Picture of ${name}`, width: 640, height: 360, decoding: "async" });
     this.image.onload = () => this.done(true);
     this.image.onerror = () => this.done(false);
