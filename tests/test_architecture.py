@@ -19,7 +19,7 @@ ADAPTERS = {
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
     "aiohttp": {"stream/page/server.py"},
-    "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
+    "gi": {"stream/pipeline.py", "stream/clips/mp4.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {
     f"kernels/{name}.py"
