@@ -18,6 +18,8 @@ ADAPTERS = {
     "openvino": {"bench/ops.py"},
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
+    "opentimelineio": {"stream/export/otio.py"},
+    "webvtt": {"stream/export/vtt.py"},
     "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {
