@@ -19,6 +19,8 @@ ADAPTERS = {
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
     "aiohttp": {"stream/page/server.py"},
+    "opentimelineio": {"stream/export/otio.py"},
+    "webvtt": {"stream/export/vtt.py"},
     "gi": {"stream/pipeline.py", "stream/clips/mp4.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {
