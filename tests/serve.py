@@ -209,6 +209,8 @@ def check(log: Path, *followed: Path) -> list[dict[str, Any]]:
         assert seqs == list(range(1, len(seqs) + 1)), key  # none that was told is missing
     for name, told in moments.items():
         kinds = [event["type"].split(".")[-2] for event in told]
+        if "clip" in told[-1]["data"]:
+            assert kinds.pop() == "ready" and told.pop()["data"]["end"], (name, kinds)
         assert (kinds[0], kinds[-1]) == ("opened", "closed"), (name, kinds)
         assert kinds.count("opened") == kinds.count("closed") == 1, (name, kinds)
         first, last = told[0]["data"], told[-1]["data"]

@@ -83,6 +83,8 @@ def contradictions(data: dict[str, Any]) -> Iterator[Mistake]:
     yield from _exposed(_table(data, "server"))
     yield from _repeated(data)
     yield from _too_much(data)
+    if isinstance(data.get("clips"), dict) and "folder" not in data["clips"]:
+        yield ("clips",), "clips.folder is missing: name the folder that clips go to, or take [clips] away"
     streams, urls = _table(data, "streams"), set[str]()
     for i, webhook in _tables(data, "webhook"):
         for j, name in enumerate(_array(webhook, "streams")):

@@ -35,6 +35,7 @@ from stream.config.values import (
     FilePath,
     Hop,
     Host,
+    OutFolder,
     OutPath,
     Port,
     PortOrOff,
@@ -132,6 +133,17 @@ class LogConfig(_Table):
     max_mb: Count = 512
 
 
+class ClipsConfig(_Table):
+    """Video files cut around moments."""
+
+    folder: OutFolder | None = None  # None: no clips
+    before_s: Seconds = 5.0  # that a clip begins before its moment, at least
+    after_s: Seconds = 5.0  # and goes on after it
+    longest_s: Annotated[Real, Field(gt=0)] = 600.0  # a longer clip is cut off
+    max_mb: Count = 10240  # on the disk, in all: the oldest go
+    ring_mb: Count = 64  # in memory, of each stream
+
+
 class Limits(_Table):
     """What a server bears. What would go beyond is refused."""
 
@@ -188,6 +200,7 @@ class Config(_Table):
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = Field(default_factory=LogConfig)
+    clips: ClipsConfig = ClipsConfig()
     moments: _CheckedMoments = MomentOptions()
     limits: Limits = Limits()
     webhooks: tuple[WebhookConfig, ...] = Field(default=(), validation_alias="webhook")  # [[webhook]]
@@ -201,6 +214,7 @@ _TABLES: dict[KeyPath, type[_Table]] = {
     ("server",): ServerConfig,
     ("server", "curve"): CurveConfig,
     ("log",): LogConfig,
+    ("clips",): ClipsConfig,
     ("moments",): _Moments,
     ("limits",): Limits,
     ("webhook",): WebhookConfig,
@@ -218,7 +232,7 @@ class Changes:
     removed: tuple[str, ...]
     changed: tuple[str, ...]  # another source, or other queries of its own
     sections: tuple[str, ...]  # those of queries, moments, limits and webhooks that differ
-    restart: tuple[str, ...]  # those of engine, server and log that differ: they wait for a restart
+    restart: tuple[str, ...]  # those of engine, server, log and clips that differ: they wait for a restart
 
 
 def changes(old: Config, new: Config) -> Changes:
@@ -230,7 +244,7 @@ def changes(old: Config, new: Config) -> Changes:
         removed=tuple(name for name in old.streams if name not in new.streams),
         changed=tuple(name for name in old.streams if new.streams.get(name, old.streams[name]) != old.streams[name]),
         sections=differ("queries", "moments", "limits", "webhooks"),
-        restart=differ("engine", "server", "log"),
+        restart=differ("engine", "server", "log", "clips"),
     )
 
 
