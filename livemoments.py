@@ -46,6 +46,13 @@ def _control(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Calla
     return control.run
 
 
+def _export(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
+    from stream.export import command
+
+    command.add_arguments(parser)
+    return command.run
+
+
 def _build_engine(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Callable[[argparse.Namespace], int]:
     return _with_torch("kernels.build_engine", "build", parser)
 
@@ -93,6 +100,7 @@ COMMANDS = {
     "check-config": (_check_config, "say what is wrong with a config of serve, or what it says"),
     "subscribe": (_subscribe, "show what a running detector tells: a live table, or JSON lines"),
     "control": (_control, "ask a running service about its streams and queries, or change its streams"),
+    "export": (_export, "write the moments of a stream as subtitles, as a timeline of an editor, or as jsonl"),
     "extract": (_extract, "make the features of recordings and queries, once, for training"),
     "train": (_train, "train the model on features and truth: a checkpoint, a table and a picture"),
     "build-engine": (_build_engine, "compile a backbone or a checkpoint for a CPU or a GPU, and hold it against torch"),

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
-from kernels.errors import InputError, SourceError
+from kernels.errors import InputError, LivemomentsError, SourceError
 from stream.detector import make_query
 from stream.ingest import VideoSource, open_source
 from stream.moments import MomentOptions
 from stream.one_stream import OneStream
 from stream.output import check_writable, write
+from stream.page.recorder import Recorder
+from stream.page.report import Report, render, stages
 from stream.predictions import Predictions, to_jsonl
-from stream.report import Terminal, print_event, print_summary, progress_bar
+from stream.report import Terminal, clock, print_event, print_summary, progress_bar
 from stream.session import Session, Step
 from stream.sources import SourceStatus, parse_source
 from stream.types import NS, Event, Kind
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zmq-port", type=int, default=5555, metavar="PORT", help="ZeroMQ PUB (default 5555)")
     parser.add_argument("--ws-port", type=int, default=8765, metavar="PORT", help="WebSocket (default 8765)")
     parser.add_argument("--out", metavar="FILE|-", help="write moments and saliency as QVHighlights jsonl")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.html", help="write a page of curves, moments with pictures and latencies"
+    )
     parser.add_argument("--for", dest="seconds", type=float, metavar="SECONDS", help="stop after this much stream time")
 
 
@@ -90,8 +95,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("nothing to wait for: give a -q TEXT, or --publish, so that queries can come by WebSocket")
     source = parse_source(args.source)
     out = Path(args.out) if args.out and args.out != "-" else None
-    if out:
-        check_writable(out, source=source.path)
+    for path in filter(None, (out, args.report)):
+        check_writable(path, source=source.path)
+    if out and out == args.report:
+        raise InputError(f"--out and --report cannot both be {out}")
     engine = Engine(args.engine, zero_shot=args.zero_shot)
     queries = list({query.id: query for query in (make_query(engine, text) for text in args.query)}.values())
     # Results on stdout leave stderr to the people.
@@ -118,8 +125,9 @@ def run(args: argparse.Namespace) -> int:
         for query in queries:
             session.add(query)
         predictions = Predictions(video.name, queries) if args.out else None
+        recorder = Recorder(session, recorded=not video.live) if args.report else None
         started_ns, stream_ns, exit_code = time.monotonic_ns(), 0, 0
-        problem: SourceError | None = None
+        problem: LivemomentsError | None = None
         with progress_bar(console, video) as progress:
             try:
                 for step in play(video, session, until_ns=until_ns):
@@ -130,22 +138,42 @@ def run(args: argparse.Namespace) -> int:
                         progress.update(progress.task_ids[0], completed=stream_ns / NS)
                         if predictions:
                             predictions.add(step)
+                        if recorder:
+                            recorder.add(step)
             except KeyboardInterrupt:
                 exit_code = 130
             except SourceError as error:
                 problem = error  # what was found until then is not lost for it
         last = session.drain()
-        print_summary(
-            console,
-            video,
-            session.timings,
-            stream_ns=stream_ns,
-            wall_ns=time.monotonic_ns() - started_ns,
-            moments=closed,
-        )
+        wall_ns = time.monotonic_ns() - started_ns
+        print_summary(console, video, session.timings, stream_ns=stream_ns, wall_ns=wall_ns, moments=closed)
         if predictions:
             predictions.add(last)
             write(out, to_jsonl(predictions.rows(range(1, len(queries) + 1))))
+        if recorder:
+            recorder.add(last)
+            try:
+                write(args.report, render(_report(engine, video, session, recorder, stream_ns, wall_ns)))
+            except InputError as error:
+                problem = problem or error
     if problem:
         raise problem
     return exit_code
+
+
+def _report(
+    engine: Engine, video: VideoSource, session: Session, recorder: Recorder, stream_ns: int, wall_ns: int
+) -> Report:
+    facts = {
+        "stream": f"{clock(stream_ns)}, {'live' if video.live else 'recorded'}",
+        "engine": f"{engine.manifest.model}{'' if engine.head else ', zero-shot'}",
+        "hop": f"{session.hop_ns / NS:g} s",
+        "threshold": f"{session.options.threshold:g}",
+        "frames": f"{video.decoded} decoded, {video.taken - video.dropped} looked at, {video.dropped} dropped",
+        "real-time factor": f"{stream_ns / max(wall_ns, 1):.1f}",
+    }
+    if video.live:
+        facts["reconnected"] = f"{video.reconnects} times"
+    latencies, tables = stages(session.timings, live=video.live)
+    length_s = (video.duration_ns or 0) / NS
+    return Report(video.name, facts, [recorder.recording(length_s)], latencies, tables)

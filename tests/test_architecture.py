@@ -19,6 +19,9 @@ ADAPTERS = {
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
     "aiohttp": {"stream/page/server.py"},
+    "opentimelineio": {"stream/export/otio.py"},
+    "webvtt": {"stream/export/vtt.py"},
+    "playwright": {"bench/browser.py"},
     "gi": {"stream/pipeline.py", "stream/clips/mp4.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {

@@ -6,11 +6,12 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from stream.curves import Curve
 from stream.deliver.log import EventLog
 from stream.deliver.switchboard import Switchboard
 from stream.deliver.websocket import Client
+from stream.export.formats import Format
 from stream.history import Scores
 from stream.page.server import COOKIE, Page
 from stream.types import NS, Saliency
@@ -51,10 +53,10 @@ class Shown:
     def clip(self, name: str) -> Path | None:
         return self.folder / name if name == "a.mp4" else None
 
-    def export(self, stream: str, kind: str) -> bytes | None:
-        if stream != "door":
-            raise InputError(f'there is no stream "{stream}"')
-        return b"WEBVTT" if kind == "vtt" else None
+    def export(self, stream: str, kind: Format, given: Mapping[str, str], base: str) -> bytes:
+        if "since" in given:
+            raise InputError(f"{given['since']} is no time")
+        return f"{kind} of {stream}, {base}".encode()
 
     def metrics(self) -> tuple[bytes, str]:
         return b"livemoments_up 1\n", "text/plain; version=0.0.4; charset=utf-8"
@@ -67,10 +69,10 @@ class Shown:
 
 
 @contextmanager
-def opened(folder: Path, *, port: int = 0, **options: object) -> Iterator[tuple[Program, Page, Shown]]:
+def opened(folder: Path, *, port: int = 0, **options: Any) -> Iterator[tuple[Program, Page, Shown]]:
     shown = Shown(folder)
     access = {name: options[name] for name in ("token", "tls") if name in options}
-    page = Page(shown, port=port, **access)  # type: ignore[arg-type]
+    page = Page(shown, port=port, **access)
     with Program(doors=[page], **options) as program:
         yield program, page, shown
 
@@ -96,8 +98,9 @@ def login(page: Page, body: bytes) -> tuple[int, str]:
             return error.code, ""
 
 
-def socket_of(page: Page, **options: object) -> ClientConnection:
-    return connect(page.url.replace("http", "ws", 1) + "/ws", proxy=None, compression=None, **options)  # type: ignore[arg-type]
+def socket_of(page: Page, **options: Any) -> ClientConnection:
+    link: ClientConnection = connect(page.url.replace("http", "ws", 1) + "/ws", proxy=None, compression=None, **options)
+    return link
 
 
 def test_it_serves_what_the_program_shows(tmp_path: Path) -> None:
@@ -109,10 +112,11 @@ def test_it_serves_what_the_program_shows(tmp_path: Path) -> None:
         assert get(page.url + "/streams/door/pictures/17.jpg")[:2] == (200, b"17000000")
         assert get(page.url + "/streams/yard/picture.jpg")[:2] == (404, b"no picture of yard yet\n")
         status, body, headers = get(page.url + "/streams/door/moments.vtt")
-        assert (status, body, headers["Content-Type"]) == (200, b"WEBVTT", "text/vtt")
+        assert (status, body) == (200, f"vtt of door, {page.url}".encode())
+        assert headers["Content-Type"] == "text/vtt; charset=utf-8"
         assert headers["Content-Disposition"] == 'attachment; filename="door.vtt"'
-        assert get(page.url + "/streams/door/moments.doc")[:2] == (404, b"moments are given as .vtt, .otio or .jsonl\n")
-        assert get(page.url + "/streams/attic/moments.vtt")[:2] == (404, b'there is no stream "attic"\n')
+        assert get(page.url + "/streams/door/moments.doc")[:2] == (404, b"moments are given as vtt, otio, jsonl\n")
+        assert get(page.url + "/streams/door/moments.vtt?since=x")[:2] == (400, b"x is no time\n")
         assert get(page.url + "/metrics")[1] == b"livemoments_up 1\n"
         assert json.loads(get(page.url + "/healthz")[1]) == {"ok": True, "reasons": []}
         shown.ready = False

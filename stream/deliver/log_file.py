@@ -8,7 +8,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kernels.errors import InputError
@@ -79,6 +79,34 @@ def open_log(path: Path) -> tuple[sqlite3.Connection, sqlite3.Connection, int]:
     return writer, reader, lock
 
 
+@contextlib.contextmanager
+def reading(path: Path, in_use: str) -> Iterator[sqlite3.Connection]:
+    """A connection to the log at `path` as it lies there. Nothing in it changes: moments that a killed process left
+    open stay open. Nobody else may have it meanwhile, if the folder can be written.
+
+    InputError, one line, for what is no log of events. in_use: what to do where another process holds it.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no log {path}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"the log {path} cannot be read: permission denied")
+    with contextlib.ExitStack() as stack:
+        if os.access(path.parent, os.W_OK):
+            stack.callback(unlock, path, _lock(path, in_use))
+        # With nothing beside it that belongs to it, it is read as a file that nobody writes: else SQLite would leave
+        # files there. What a killed process left in -wal is read too, and stays where it is.
+        has_more = path.with_name(f"{path.name}-wal").exists()
+        uri = f"{path.resolve().as_uri()}?mode=ro{'' if has_more else '&immutable=1'}"
+        try:
+            database = sqlite3.connect(uri, BUSY_S, isolation_level=None, uri=True)
+            stack.callback(database.close)
+            if _is_empty(database, path):
+                raise InputError(f"the log {path} is empty")
+        except sqlite3.Error as error:
+            raise InputError(_refusal(path, error, "read")) from None
+        yield database
+
+
 def create(database: sqlite3.Connection) -> None:
     """The empty tables, all or none: a process killed in the middle leaves an empty database, which is no harm."""
     database.executescript(
@@ -114,7 +142,7 @@ def lock_path(path: Path) -> Path:
     return real.with_name(f"{real.name}.lock")
 
 
-def _lock(path: Path) -> int:
+def _lock(path: Path, in_use: str = "stop that, or name another") -> int:
     beside = lock_path(path)
     while True:
         try:
@@ -128,14 +156,15 @@ def _lock(path: Path) -> int:
                     return lock
         except BlockingIOError:
             os.close(lock)
-            raise InputError(f"the log {path} is in use by another livemoments: stop that, or name another") from None
+            raise InputError(f"the log {path} is in use by another livemoments: {in_use}") from None
         except OSError as error:
             os.close(lock)
             raise InputError(f"the log {path} cannot be locked: {error.strerror}") from None
         os.close(lock)  # its holder took the file away before we had the lock: that lock keeps nobody out
 
 
-def _prepare(database: sqlite3.Connection, path: Path) -> None:
+def _is_empty(database: sqlite3.Connection, path: Path) -> bool:
+    """Whether nothing was ever stored in it. InputError for what is not ours to read."""
     application, version = (
         database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
@@ -144,6 +173,11 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
         raise InputError(f"the log cannot be {path}: that is the database of another program")
     if version > FORMAT:
         raise InputError(f"the log {path} was written by a newer livemoments: update, or name another")
+    return empty
+
+
+def _prepare(database: sqlite3.Connection, path: Path) -> None:
+    empty = _is_empty(database, path)
     database.execute("PRAGMA journal_mode = WAL")
     database.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
     database.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * 4096}")  # a longer -wal file shrinks again
@@ -151,11 +185,11 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
         create(database)
 
 
-def _refusal(path: Path, error: sqlite3.Error) -> str:
+def _refusal(path: Path, error: sqlite3.Error, done: str = "written") -> str:
     """One line for what SQLite says of a file that it cannot work with."""
     code = getattr(error, "sqlite_errorcode", None)
     if code == sqlite3.SQLITE_NOTADB:
         return f"the log cannot be {path}: {_ANOTHER_KIND}"
     if code == sqlite3.SQLITE_CORRUPT:
         return f"the log {path} is damaged ({error}): move it away, or name another"
-    return f"the log {path} cannot be written: {error}"
+    return f"the log {path} cannot be {done}: {error}"

@@ -27,9 +27,9 @@ def interrupted(payloads: Sequence[bytes], seq: int, number: int, now_ns: int) -
     # A highlight tells a peak, which is not always the highest of its moment.
     best = max((message["data"] for message in told), key=lambda each: float(each["score"]))
     data["score"], data["peak_s"] = best["score"], best["peak_s"]
-    start_ns = _utc_ns(data["start"])
+    start_ns = utc_ns(data["start"])
     epoch_ns = start_ns - round(data["start_s"] * NS)
-    told_ns, first_ns = _utc_ns(newest["time"]), _utc_ns(told[0]["time"])
+    told_ns, first_ns = utc_ns(newest["time"]), utc_ns(told[0]["time"])
     if told[0]["type"] == _OPENED and first_ns - start_ns > _LATE_NS:
         told_ns = start_ns + told_ns - first_ns  # a recording's own time, which may lie in another year
     end_ns = max(told_ns, start_ns, epoch_ns + round(data["peak_s"] * NS))
@@ -45,6 +45,6 @@ def interrupted(payloads: Sequence[bytes], seq: int, number: int, now_ns: int) -
     return to_json(message), end_ns
 
 
-def _utc_ns(text: str) -> int:
+def utc_ns(text: str) -> int:
     """UTC ns of an RFC 3339 time, in integers."""
     return (datetime.fromisoformat(text) - _EPOCH) // timedelta(microseconds=1) * 1000

@@ -17,7 +17,7 @@ import hmac
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ from stream.deliver.conversation import Gone, converse
 from stream.deliver.entrance import CLOSE_TIMEOUT_S, HOST, WRITE_LIMIT_BYTES
 from stream.deliver.log import EventLog
 from stream.deliver.switchboard import Switchboard
+from stream.export.formats import FORMATS, TYPES, Format
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ class Program(Protocol):
     def clip(self, name: str) -> Path | None:
         """A file of the clips' folder."""
 
-    def export(self, stream: str, kind: str) -> bytes | None:
-        """The closed moments of a stream; None for a kind that there is not. InputError for a stream that is not."""
+    def export(self, stream: str, kind: Format, given: Mapping[str, str], base: str) -> bytes:
+        """See `formats.export`."""
 
     def metrics(self) -> tuple[bytes, str]:
         """In Prometheus' text format, and its content type."""
@@ -157,7 +158,7 @@ class Page:
         try:
             return await handler(request)
         except InputError as error:
-            raise web.HTTPNotFound(text=f"{error}\n") from None
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
         except LogError as error:
             raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
 
@@ -211,12 +212,13 @@ class Page:
         return _jpeg(found, f"no picture of {stream} is kept of that time", lasts=True)
 
     async def _export(self, request: web.Request) -> web.StreamResponse:
-        stream, kind = request.match_info["stream"], request.match_info["kind"]
-        if (body := await asyncio.to_thread(self._program.export, stream, kind)) is None:
-            raise web.HTTPNotFound(text="moments are given as .vtt, .otio or .jsonl\n")
-        types = {"vtt": "text/vtt", "otio": "application/json", "jsonl": "application/jsonl"}
+        stream, asked = request.match_info["stream"], request.match_info["kind"]
+        if (kind := next((each for each in FORMATS if each == asked), None)) is None:
+            raise web.HTTPNotFound(text=f"moments are given as {', '.join(FORMATS)}\n")
+        base = f"{request.scheme}://{request.host}"
+        body = await asyncio.to_thread(self._program.export, stream, kind, dict(request.query), base)
         name = f'attachment; filename="{stream}.{kind}"'
-        return web.Response(body=body, content_type=types[kind], headers={"Content-Disposition": name})
+        return web.Response(body=body, headers={"Content-Type": TYPES[kind], "Content-Disposition": name})
 
     async def _clip(self, request: web.Request) -> web.StreamResponse:
         if (path := await asyncio.to_thread(self._program.clip, request.match_info["name"])) is None:

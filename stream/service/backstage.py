@@ -1,9 +1,11 @@
 """What the page shows of a service, beside what any client may ask. Any thread may call."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stream.config.schema import ServerConfig
+from stream.export.formats import Format, export
 from stream.page.server import Page
 
 if TYPE_CHECKING:
@@ -17,16 +19,19 @@ class Backstage:
         self._service = service
 
     def picture(self, stream: str) -> bytes | None:
-        return None
+        pictures = self._service.recorder.pictures(stream) if self._service.recorder else None
+        return pictures.newest() if pictures else None
 
     def picture_at(self, stream: str, utc_ns: int) -> bytes | None:
-        return None
+        pictures = self._service.recorder.pictures(stream) if self._service.recorder else None
+        return pictures.at(utc_ns) if pictures else None
 
     def clip(self, name: str) -> Path | None:
-        return None
+        shelf = self._service.recorder.shelf if self._service.recorder else None
+        return shelf.find(name) if shelf else None
 
-    def export(self, stream: str, kind: str) -> bytes | None:
-        return None
+    def export(self, stream: str, kind: Format, given: Mapping[str, str], base: str) -> bytes:
+        return export(self._service.log, stream, kind, given, base)
 
     def metrics(self) -> tuple[bytes, str]:
         return b"", "text/plain"

@@ -68,7 +68,7 @@ class Service:
         require_plugins()  # which starts GStreamer: threads that did so at once would get in each other's way
         self.config = config
         self.interest = Interest(engine, config.limits.queries)
-        self._engine, self._log = engine, events
+        self._engine, self.log = engine, events
         self._hop_ns = config.engine.hop_ns
         self._capacity = int(config.limits.history_s * NS) // self._hop_ns
         self._sequencer = Sequencer()
@@ -87,7 +87,7 @@ class Service:
             doors=[self._page] if self._page else [],
             limits=config.limits,
             history_s=config.limits.history_s if self._capacity else 0.0,
-            webhooks=webhooks_of(config, self.interest, queries, self._log),
+            webhooks=webhooks_of(config, self.interest, queries, self.log),
         )
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
         try:
@@ -225,7 +225,7 @@ class Service:
         """
         # What may fail comes first, and what takes long without the lock, which clients wait for.
         queries = queries_of(config, self.interest)
-        webhooks = webhooks_of(config, self.interest, queries, self._log)
+        webhooks = webhooks_of(config, self.interest, queries, self.log)
         with self._changing:
             found, old = changes(self.config, config), self.config
             gone = self._gone(config, found)
