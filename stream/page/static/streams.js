@@ -126,10 +126,12 @@ export class Stream {
     if (newest !== undefined) {
       const ahead = newest + lane.hop / 2 - Date.now();
       this.ahead = message.anew ? ahead : Math.max(this.ahead ?? -Infinity, ahead);
-      this.newest = Math.max(this.newest ?? 0, newest + lane.hop / 2);
+      if (newest + lane.hop / 2 > (this.newest ?? 0)) {
+        this.newest = newest + lane.hop / 2;
+        this.picture.ask(); // once a window, however many queries there are
+      }
     }
     if (message.anew) lane.describe();
-    this.picture.ask();
     this.changed();
   }
 
