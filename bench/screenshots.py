@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bench.browser import SIZES, browser
 from bench.camera import clips_folder, free_port, serve, start, wait_for_port
@@ -20,6 +20,9 @@ from bench.demo import BICYCLE, CARS, MAN
 from kernels.errors import InputError, LivemomentsError
 from stream.output import check_folder
 from trainer.render import FPS, Kind, Segment, render
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator
 
 SCHEMES: tuple[Literal["dark", "light"], ...] = ("dark", "light")
 RABBIT = "a cartoon rabbit in a meadow"
@@ -51,7 +54,7 @@ def watched() -> Iterator[str]:
     """A service that watches the scenes; the address of its page."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lines = [f'[log]\npath = "{folder / "events.db"}"']
+        lines = [f'[log]\npath = "{folder / "events.db"}"\n[clips]\nfolder = "{folder / "clips"}"']
         port = free_port()
         lines.append(f"[server]\nws_port = 0\nzmq_port = false\npage_port = {port}")
         for (name, scene), query in zip(SCENES.items(), (MAN, CARS, RABBIT), strict=True):
@@ -92,13 +95,17 @@ def take(url: str, out: Path, seconds: float) -> None:
                 page.locator(".lane", has_text=BICYCLE).first.wait_for()
                 page.wait_for_timeout(4500)
                 if name == "desktop" and scheme == "dark":
-                    scrub = page.locator(".lane .scrub").first
-                    box = scrub.bounding_box()
-                    assert box is not None
-                    scrub.hover(position={"x": 0.8 * box["width"], "y": 20})
+                    point_at_moment(page.locator(".lane").first)
                     page.wait_for_timeout(800)
                 page.screenshot(path=out / f"{name}{'' if scheme == 'dark' else '-light'}.png")
                 page.close()
+
+
+def point_at_moment(lane: "Locator") -> None:
+    """The pointer on the last moment of a lane that is over."""
+    bands = json.loads(lane.locator("canvas").get_attribute("data-bands") or "[]")
+    band = [band for band in bands if not band["open"]][-1]
+    lane.locator(".scrub").hover(position={"x": (band["left"] + band["right"]) / 2, "y": 20})
 
 
 if __name__ == "__main__":

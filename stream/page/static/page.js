@@ -85,7 +85,7 @@ function message(told) {
 function state(now, wait) {
   lamp = now;
   if (now === "token" && !$("login").open) $("login").showModal();
-  $("link").textContent = { lost: `connection lost, next try in ${Math.round(wait / 100) / 10} s`, token: "a token is needed" }[now] ?? now;
+  say({ lost: `connection lost, next try in ${wait / 1000} s`, token: "a token is needed" }[now] ?? now);
   showHealth();
 }
 
@@ -143,9 +143,14 @@ async function ready() {
 function showHealth() {
   const all = [...streams.values()], well = all.filter((each) => each.node.dataset.state === "connected").length;
   if (lamp === "connected") {
-    $("link").textContent = [`connected, ${well} of ${all.length} stream${all.length === 1 ? "" : "s"}`, ...unready].join(" · ");
+    say([`connected, ${well} of ${all.length} stream${all.length === 1 ? "" : "s"}`, ...unready].join(" · "));
   }
   $("health").dataset.state = lamp !== "connected" ? "lost" : unready.length || well < all.length ? "part" : "well";
+}
+
+/** Only what is new is read out. */
+function say(text) {
+  if ($("link").textContent !== text) $("link").textContent = text;
 }
 
 function warn(text) {
