@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from bench.browser import SIZES, browser
 from bench.camera import clips_folder, free_port, serve, start, wait_for_port
@@ -20,9 +20,6 @@ from bench.demo import BICYCLE, CARS, MAN
 from kernels.errors import InputError, LivemomentsError
 from stream.output import check_folder
 from trainer.render import FPS, Kind, Segment, render
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Locator
 
 SCHEMES: tuple[Literal["dark", "light"], ...] = ("dark", "light")
 RABBIT = "a cartoon rabbit in a meadow"
@@ -95,17 +92,13 @@ def take(url: str, out: Path, seconds: float) -> None:
                 page.locator(".lane", has_text=BICYCLE).first.wait_for()
                 page.wait_for_timeout(4500)
                 if name == "desktop" and scheme == "dark":
-                    point_at_moment(page.locator(".lane").first)
+                    lane = page.locator(".lane").first
+                    bands = json.loads(lane.locator("canvas").get_attribute("data-bands") or "[]")
+                    band = [band for band in bands if not band["open"]][-1]
+                    lane.locator(".scrub").hover(position={"x": (band["left"] + band["right"]) / 2, "y": 20})
                     page.wait_for_timeout(800)
                 page.screenshot(path=out / f"{name}{'' if scheme == 'dark' else '-light'}.png")
                 page.close()
-
-
-def point_at_moment(lane: "Locator") -> None:
-    """The pointer on the last moment of a lane that is over."""
-    bands = json.loads(lane.locator("canvas").get_attribute("data-bands") or "[]")
-    band = [band for band in bands if not band["open"]][-1]
-    lane.locator(".scrub").hover(position={"x": (band["left"] + band["right"]) / 2, "y": 20})
 
 
 if __name__ == "__main__":
