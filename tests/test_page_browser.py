@@ -233,6 +233,7 @@ def test_the_keys_are_enough(seen: Seen) -> None:
     tab_to(f"Stop watching for {MAN}")
     page.keyboard.press("Enter")
     expect(page.locator("#own li")).to_have_count(0)
+    expect(page.locator("#text")).to_be_focused()
     expect(seen.lane(MAN, own=True)).to_have_count(0)
 
 

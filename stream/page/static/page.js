@@ -25,7 +25,10 @@ const page = {
   },
   isOwn: (query_id) => queries.find(query_id) !== undefined,
   isGone: (query_id) => gone.has(query_id),
-  remove: (query_id) => queries.remove(queries.find(query_id)),
+  remove(query_id) {
+    const own = queries.find(query_id);
+    if (own) queries.remove(own);
+  },
   /** For one's own query in its place; for one of the config it begins one's own beside it. */
   threshold(lane, value) {
     const own = queries.find(lane.id);
