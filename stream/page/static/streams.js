@@ -153,7 +153,7 @@ export class Stream {
       if (this.latencies.length > LATENCIES) this.latencies.shift();
       const sorted = [...this.latencies].sort((a, b) => a - b);
       const p95 = sorted[Math.ceil(0.95 * sorted.length) - 1];
-      this.latency.textContent = `${data.capture_to_publish_ms.toFixed(0)} / ${p95.toFixed(0)} ms`;
+      this.latency.textContent = pair(data.capture_to_publish_ms, p95);
     }
     for (const [id, { end }] of of) if (end !== null && end < this.now() - WINDOW_MS) of.delete(id);
     this.changed();
@@ -209,6 +209,12 @@ export class Stream {
     this.picture.shown = false;
     this.node.remove();
   }
+}
+
+/** Two durations in ms in one unit, as short as they may be: the second is seldom the smaller one. */
+function pair(one, other) {
+  if (other < 1000) return `${one.toFixed(0)} / ${other.toFixed(0)} ms`;
+  return `${(one / 1000).toFixed(1)} / ${(other / 1000).toFixed(1)} s`;
 }
 
 /** The newest picture: never more than one on its way, none while nobody looks. */
