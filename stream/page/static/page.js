@@ -65,6 +65,7 @@ async function opened() {
       moments.clear();
       for (const stream of streams.values()) stream.moments.clear();
     }
+    for (const stream of streams.values()) stream.restart();
     const since = Math.max(0, reached ? reached - OVERLAP : answer.lognumber - PAST);
     report(answer.streams);
     queries.askAll();

@@ -53,7 +53,9 @@ export class Stream {
 
   /** How the service says that it is. */
   update(report) {
-    const { state, reason, decoded, looked_at, dropped, reconnects, watching, hop_s } = report;
+    const { source, state, reason, decoded, looked_at, dropped, reconnects, watching, hop_s } = report;
+    if (source !== this.source) this.restart(); // another of the same name, which may have another clock
+    this.source = source;
     this.state.dataset.state = this.node.dataset.state = state;
     this.state.textContent = `${SIGNS[state] ?? "▲"} ${state}${reason ? `: ${reason}` : ""}`;
     const now = performance.now();
@@ -68,6 +70,11 @@ export class Stream {
     this.looked = looked_at;
     this.ended = state === "ended";
     this.follow(watching, hop_s);
+  }
+
+  /** Its clock is found anew. */
+  restart() {
+    this.ahead = this.newest = undefined;
   }
 
   /** Lanes for what runs; one that is not there twice in a row has gone. */
@@ -125,10 +132,10 @@ export class Stream {
     // The stream's clock need not be ours; what comes first of a window came with the least delay.
     if (newest !== undefined) {
       const ahead = newest + lane.hop / 2 - Date.now();
-      this.ahead = message.anew ? ahead : Math.max(this.ahead ?? -Infinity, ahead);
+      this.ahead = Math.max(this.ahead ?? -Infinity, ahead);
       if (newest + lane.hop / 2 > (this.newest ?? 0)) {
         this.newest = newest + lane.hop / 2;
-        this.picture.ask(); // once a window, however many queries there are
+        if (!message.anew) this.picture.ask(); // once a window, however many queries there are
       }
     }
     if (message.anew) lane.describe();
