@@ -176,4 +176,4 @@ def _report(
         facts["reconnected"] = f"{video.reconnects} times"
     latencies, tables = stages(session.timings, live=video.live)
     length_s = (video.duration_ns or 0) / NS
-    return Report(video.name, facts, [recorder.recording(length_s)], latencies, tables)
+    return Report(video.name, facts, [recorder.recording(length_s)], latencies=latencies, tables=tables)

@@ -1,7 +1,7 @@
 
 // -- the report: draws the lanes of its streams out of #data. Stands behind curve.js, in one script.
 {
-  const STRIP = 96, SPARE = 4; // CSS pixels: a picture below a lane, and between two of them
+  const STRIP = 80, SPARE = 4; // CSS pixels: a picture below a lane, and between two of them
   const LEAST_S = 4; // that can be looked at closer
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const peek = document.getElementById("peek");
