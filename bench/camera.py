@@ -33,10 +33,15 @@ def street_scene(path: Path, size: tuple[int, int], fps: int) -> None:
 
 
 def start(
-    stack: ExitStack, module: str, *arguments: str, stdout: int | None = subprocess.DEVNULL
+    stack: ExitStack,
+    module: str,
+    *arguments: str,
+    stdin: int | None = None,
+    stdout: int | None = subprocess.DEVNULL,
 ) -> subprocess.Popen[str]:
     """A Python module as a process of its own, which ends with the stack."""
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=stdout, text=True)
+    words = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(words, stdin=stdin, stdout=stdout, text=True)
     stack.enter_context(process)  # waits for it, and closes its pipe
     stack.callback(process.terminate)
     return process
@@ -66,6 +71,14 @@ def wait_for_port(port: int, process: subprocess.Popen[str]) -> None:
             return
         except OSError:
             time.sleep(0.05)
+
+
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:

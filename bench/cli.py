@@ -8,10 +8,12 @@ from kernels.errors import InputError
 
 MEASURES = {
     "accuracy": "recorded videos through the very code of `run`, scored on what was published when",
+    "backfill": "how long a new query takes to be answered for the past",
     "capacity": "how many live streams, each with its queries, this machine bears, and what limits it",
     "latency": "glass to event on a live RTSP stream, and what each stage takes of it",
     "model": "what one window costs the model, beside the image tower and the published model",
     "ops": "what each engine and kernel takes on this CPU, beside its reference and what the machine could do at best",
+    "page": "what clips of every moment and clients of the page cost the events",
     "soak": "the memory of a service that watches live streams for long, and how late its events are",
 }
 """Each is a module of this package with `add_arguments` and `run`."""

@@ -1,13 +1,17 @@
 """`make demo`: a live RTSP stream of real clips and idle stretches, three text queries over WebSocket, what was found.
 
-Nothing is simulated: GstRtspServer serves the stream, `livemoments run` watches it in a process of its own, and the
-queries are subscribed over its WebSocket, as any client would. It ends by itself after about a minute.
+Nothing is simulated: GstRtspServer serves the stream, `livemoments serve` watches it in a process of its own, writes
+clips and shows its page, and the queries are subscribed over its WebSocket, as any client would. It is over after about
+a minute; in a terminal the page stays until Ctrl-C.
 """
 
 import argparse
+import json
+import math
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -18,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.camera import clips_folder, free_port, serve, start, wait_for_port
+from bench.camera import clips_folder, free_port, is_free, serve, start, wait_for_port
 from kernels.errors import InputError, LivemomentsError
 from stream.client.subscribe import Request, listen
 from stream.output import check_folder, write
@@ -27,6 +31,8 @@ from trainer.render import FPS, Kind, Segment, render
 
 STREAM = "demo"
 MAN, CARS, BICYCLE = "a man in a suit and a bow tie", "cars in a city street", "a bicycle parked in the city"
+PAGE_PORT = 8766  # where people expect it, unless something else is there
+CLOSING_S = 2.0  # after the stream's end: the last events are told
 QUERIES = (MAN, CARS, BICYCLE)
 
 
@@ -69,13 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.save:
             save(args.save)
             return 0
-        found = show(console)
+        with ExitStack() as stack:
+            found, page = show(console, stack)
+            complete = compare(console, found)
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                console.print(f"\nThe stream begins again, and the page stays at {page} until Ctrl-C.", style="bold")
+                while True:
+                    time.sleep(1)
     except LivemomentsError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0 if compare(console, found) else 1
+    return 0 if complete else 1
 
 
 def splice() -> tuple[list[Segment], dict[str, Found]]:
@@ -117,33 +129,40 @@ def save(folder: Path) -> None:
     write(folder / f"{STREAM}.jsonl", to_jsonl(rows))
 
 
-def show(console: Console) -> dict[str, Found]:
-    """Serve, watch, subscribe, show; query text -> what was told."""
+def show(console: Console, stack: ExitStack) -> tuple[dict[str, Found], str]:
+    """Serve, watch, subscribe, show; query text -> what was told, and where the page is until the stack ends."""
     segments, found = splice()
-    with ExitStack() as stack:
-        video = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "demo.mp4"
-        with console.status("splicing real clips with idle stretches"):
-            render(segments, video)
-        url = serve(stack, video, loop=False)
-        ws, zmq = free_port(), free_port()
-        ports = ["--ws-port", str(ws), "--zmq-port", str(zmq)]
-        console.print(f"$ livemoments run {url} --publish {' '.join(ports)}", style="bold")
-        # Half a second before the camera hangs up, so that nothing has to reconnect.
-        until = str(DURATION_S - 0.5)
-        watcher = start(stack, "livemoments", "run", url, "--publish", *ports, "--name", STREAM, "--for", until)
-        subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
-        console.print(f"$ livemoments {shlex.join(subscribe)}\n", style="bold")
-        wait_for_port(ws, watcher)
-        start(stack, "livemoments", *subscribe, stdout=None)
-        with closing(listen(Request(f"ws://127.0.0.1:{ws}", list(found)))) as items:
-            for item in items:
-                if isinstance(item, dict) and "data" in item:
-                    _note(item, found)
-                if watcher.poll() is not None:
-                    break
-        if watcher.returncode:
-            raise InputError(f"`livemoments run` ended with exit code {watcher.returncode}")
-    return found
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    video, config = folder / "demo.mp4", folder / "demo.toml"
+    with console.status("splicing real clips with idle stretches"):
+        render(segments, video)
+    ws, page = free_port(), PAGE_PORT if is_free(PAGE_PORT) else free_port()
+    config.write_text(
+        f"queries = {json.dumps(QUERIES)}\n[server]\nws_port = {ws}\npage_port = {page}\nzmq_port = false\n"
+        f'[clips]\nfolder = "clips"\n[streams.{STREAM}]\nsource = "{serve(stack, video, loop=False)}"\n'
+    )
+    console.print(f"{config.read_text()}\n$ livemoments serve {config.name}", style="bold")
+    watcher = start(stack, "livemoments", "serve", str(config))
+    subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
+    wait_for_port(ws, watcher)
+    console.print(f"\nLook at http://127.0.0.1:{page} in a browser, or at what this prints:", style="bold")
+    console.print(f"$ livemoments {shlex.join(subscribe)}\n", style="bold")
+    table = start(stack, "livemoments", *subscribe, stdout=None)
+    ended_s = math.inf
+    with closing(listen(Request(f"ws://127.0.0.1:{ws}", list(found)))) as items:
+        for item in items:
+            if isinstance(item, dict) and item["type"].startswith("io.livemoments.stream.status"):
+                if item["data"]["state"] == "reconnecting":  # the stream is over, and what was open closes
+                    ended_s = time.monotonic()
+            elif isinstance(item, dict) and "moment_id" in item["data"]:
+                _note(item, found)
+            if watcher.poll() is not None:
+                raise InputError(f"`livemoments serve` ended with exit code {watcher.returncode}")
+            if time.monotonic() > ended_s + CLOSING_S:
+                break
+    table.terminate()
+    table.wait()
+    return found, f"http://127.0.0.1:{page}"
 
 
 def compare(console: Console, found: dict[str, Found]) -> bool:

@@ -117,9 +117,17 @@ class Served:
     """
 
     def __init__(
-        self, setup: Setup, sources: Mapping[str, str], moments: Mapping[str, float], *, log_mb: int = 512
+        self,
+        setup: Setup,
+        sources: Mapping[str, str],
+        moments: Mapping[str, float],
+        *,
+        log_mb: int = 512,
+        clips: Path | None = None,
     ) -> None:
+        """clips: where to write those of every moment, None: none."""
         self._setup, self._sources, self._moments, self._log_mb = setup, sources, moments, log_mb
+        self._clips = clips
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -136,10 +144,10 @@ class Served:
                 text=True,
             )
             stack.enter_context(self.process)  # closes its stdin, at which it ends, and waits for that
-            while (found := re.search(r"ws://\S+(?=\s)", self._said.read_text())) is None:
+            while len(found := re.findall(r"(?:ws|http)://\S+(?=\s)", self._said.read_text())) < 2:
                 self.check()
                 time.sleep(0.05)
-            self.ws_url = found[0]
+            self.ws_url, self.page_url = found[:2]
             self._stack = stack.pop_all()
         return self
 
@@ -210,8 +218,9 @@ class Served:
         tables = [
             table("", {"queries": setup.queries}),
             table("engine", engine),
-            table("server", {"ws_port": 0, "zmq_port": 0}),
+            table("server", {"ws_port": 0, "zmq_port": 0, "page_port": 0}),
             table("log", {"path": str(folder / "events.sqlite"), "max_mb": self._log_mb}),
+            table("clips", {"folder": str(self._clips)}) if self._clips else "",
             table("moments", self._moments),
             table("limits", {"streams": max(1, len(self._sources))}),
             *(table(f"streams.{name}", {"source": url}) for name, url in self._sources.items()),

@@ -79,7 +79,7 @@ def measure(setup: Setup, streams: int, seconds: float, console: Console) -> Wat
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sources = {}
         for i in track(range(streams), "making streams out of real clips", console=console, transient=True):
-            _scene(i, folder / f"{i}.mp4")
+            scene(i, folder / f"{i}.mp4")
             sources[f"camera-{i + 1}"] = serve(stack, folder / f"{i}.mp4", loop=True)
         served = stack.enter_context(Served(setup, sources, MOMENTS, log_mb=LOG_MB))
         listener = stack.enter_context(Listener(served.ws_url))
@@ -131,7 +131,7 @@ def _percentiles(late_ns: Sequence[NDArray[np.int64]]) -> list[float | None]:
     return [round(value, 2) for value in percentiles(values)[:2]] if len(values) else [None, None]
 
 
-def _scene(number: int, path: Path) -> None:
+def scene(number: int, path: Path) -> None:
     """A clip of its own, and more of the others the more streams there are; then an empty room."""
     names = [CLIPS[(number + k) % len(CLIPS)] for k in range(1 + number // len(CLIPS))]
     clips = [Segment(Kind.CLIP, CLIP_S * FPS, clips_folder() / f"{name}.mp4") for name in names]

@@ -53,6 +53,7 @@ class Tick:
 
     time_ns: int  # stream time
     discontinuity: bool  # the stream was interrupted, or its clock jumped, just before it
+    offset_ns: int  # stream time - running time, for what comes until the next jump
 
 
 class StreamClock:
@@ -83,7 +84,7 @@ class StreamClock:
             self._offset_ns = -running_ns
             self._interrupted = False
             self._monotonic_ns = monotonic_ns
-            return Tick(0, discontinuity=False)
+            return Tick(0, discontinuity=False, offset_ns=self._offset_ns)
         elapsed_ns = monotonic_ns - self._monotonic_ns
         jumped = self._interrupted or self._jumped(running_ns, elapsed_ns)
         if jumped:
@@ -96,7 +97,7 @@ class StreamClock:
         if not jumped and 0 < step_ns <= WINDOW_NS:
             self._step_ns = step_ns
         self._time_ns, self._monotonic_ns = time_ns, monotonic_ns
-        return Tick(time_ns, discontinuity=jumped or step_ns > WINDOW_NS)
+        return Tick(time_ns, discontinuity=jumped or step_ns > WINDOW_NS, offset_ns=self._offset_ns)
 
     def _jumped(self, running_ns: int, elapsed_ns: int) -> bool:
         assert self._offset_ns is not None

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-from stream.types import NS, Event, Kind
+from stream.types import NS, Clip, Event, Kind
 
 TOPIC_ROOT = "livemoments"
 STATUS = "status"
@@ -79,6 +79,10 @@ def to_cloudevent(event: Event, source_run: str, number: int | None = None) -> d
     }
     if event.backfill:
         data["backfill"] = True
+    if event.kind is Kind.CLIP:
+        if event.clip is None:
+            raise ValueError(f"an event of kind {event.kind} needs a clip")
+        data["clip"] = _clip(event.clip, epoch_ns)
     return {**message, "subject": event.query.id, "data": data}
 
 
@@ -92,6 +96,19 @@ def to_json(message: Mapping[str, Any]) -> bytes:
     text = json.dumps(message, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A text from a command line or a client may hold half a surrogate pair, which UTF-8 cannot: "?" then.
     return text.encode("utf-8", errors="replace")
+
+
+def _clip(clip: Clip, epoch_ns: int) -> dict[str, Any]:
+    described = {
+        "url": f"/clips/{clip.name}.mp4",
+        "thumbnail": f"/clips/{clip.name}.jpg" if clip.thumbnail else None,
+        "start": rfc3339(epoch_ns + clip.start_ns),
+        "start_s": clip.start_ns / NS,
+        "end_s": clip.end_ns / NS,
+        "bytes": clip.nbytes,
+        "complete": clip.missing is None,
+    }
+    return described if clip.missing is None else {**described, "missing": clip.missing}
 
 
 def lost_notice(lost: int, notice_id: str) -> bytes:

@@ -69,11 +69,13 @@ class History:
 
 
 class Scores:
-    """The newest scores of one query. Allocated once."""
+    """The newest scores of one query. Allocated once. One thread appends, any may read."""
 
     def __init__(self, capacity: int) -> None:
-        self._score = np.full(capacity, np.nan, np.float32)
-        self._window = np.full(capacity, -1, np.int64)
+        self._capacity = capacity
+        # One more than is given out: the oldest may be written over while somebody reads.
+        self._score = np.full(capacity + 1, np.nan, np.float32)
+        self._window = np.full(capacity + 1, -1, np.int64)
         self._count = 0
 
     def append(self, saliency: Saliency) -> None:
@@ -83,6 +85,13 @@ class Scores:
 
     def values(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Windows (n,), oldest first, and their scores (n,)."""
-        held = min(self._count, len(self._score))
-        order = np.arange(self._count - held, self._count) % len(self._score)
-        return self._window[order], self._score[order]
+        return self.since(0)[:2]
+
+    def since(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
+        """Windows (n,) and scores (n,) of what came after the first `count`, as far as it is kept; how many there were.
+
+        The third is what to ask with next time.
+        """
+        stop = self._count
+        order = np.arange(max(count, stop - self._capacity), stop) % len(self._score)
+        return self._window[order], self._score[order], stop

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kernels.errors import SourceError
+from stream.clips.ring import INTERRUPTED, Ring
 from stream.clock import Sampler, StreamClock
 from stream.pipeline import Pipeline, pixels, require_plugins
 from stream.sources import Source, SourceKind, SourceStatus, cannot_open
@@ -43,6 +44,7 @@ def open_source(
     pace: Literal["real", "max"] = "real",
     name: str | None = None,
     stall_s: float = 10.0,
+    ring: Ring | None = None,
 ) -> "VideoSource":
     """Connect to `source` and wait for its first picture.
 
@@ -50,12 +52,13 @@ def open_source(
     pace: how fast a recording runs; live sources keep their own pace.
     name: stream name of the frames; None takes `source.name`.
     stall_s: a live source silent for so long is reconnected; the first connection may take twice that.
+    ring: takes the video as it comes, encoded; its `source` has been told of this one.
 
     Raises:
         SourceError: GStreamer or a plugin is missing, or the source cannot be opened or has no video.
     """
     require_plugins()
-    return VideoSource(source, hop_ns, pace, name or source.name, stall_s)
+    return VideoSource(source, hop_ns, pace, name or source.name, stall_s, ring)
 
 
 class VideoSource:
@@ -74,7 +77,13 @@ class VideoSource:
     """
 
     def __init__(
-        self, source: Source, hop_ns: int | None, pace: Literal["real", "max"], name: str, stall_s: float
+        self,
+        source: Source,
+        hop_ns: int | None,
+        pace: Literal["real", "max"],
+        name: str,
+        stall_s: float,
+        ring: Ring | None = None,
     ) -> None:
         self.name = name
         self.decoded = 0  # frames that left the decoder
@@ -85,6 +94,8 @@ class VideoSource:
         self._source = source
         self._stall_ns = int(stall_s * NS)
         self._sampler = Sampler(hop_ns)
+        self._ring = ring
+        self._offset_ns: int | None = None  # stream time - running time, as the ring knows it
         self._news: deque[SourceStatus] = deque()
         self._lock = threading.Lock()  # guards _flight and what is counted with it
         self._flight: deque[_Taken] = deque()
@@ -159,7 +170,7 @@ class VideoSource:
 
     def _first_picture(self, pipeline: Pipeline) -> None:
         """Wait until a frame stands at the gate."""
-        pipeline.start(self._decoded)
+        self._start(pipeline)
         deadline_ns = time.monotonic_ns() + 2 * self._stall_ns
         while not pipeline.first.wait(_POLL_S):
             at_end = pipeline.at_end()  # before the bus: a source that fails says why, then ends
@@ -191,7 +202,13 @@ class VideoSource:
             self._last_ns = time.monotonic_ns()
             self._pipeline = pipeline
             self._clock.interrupt()
-            pipeline.start(self._decoded)
+            if self._ring:
+                self._ring.begin(INTERRUPTED)
+                self._offset_ns = None
+            self._start(pipeline)
+
+    def _start(self, pipeline: Pipeline) -> None:
+        pipeline.start(self._decoded, self._ring.put if self._ring else None)
 
     # -- in GStreamer's streaming thread
 
@@ -202,6 +219,9 @@ class VideoSource:
         self.decoded += 1
         self._step_ns, self._last_ns, self._time_ns = tick.time_ns - self._time_ns, arrival_ns, tick.time_ns
         self._broken |= tick.discontinuity
+        if self._ring and tick.offset_ns != self._offset_ns:
+            self._offset_ns = tick.offset_ns
+            self._ring.mark(running_ns, tick.offset_ns)
         if not self._sampler.take(tick.time_ns):
             return False
         wall_ns = pipeline.captured_ns(buffer, running_ns) if self.live else self._epoch_ns + tick.time_ns

@@ -1,11 +1,12 @@
 """What `livemoments run --publish` serves: one session, whose events are kept in memory only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 from kernels.engine import Engine
 from kernels.errors import InputError
 from stream.config.schema import Limits, ServerConfig
+from stream.curves import Curve, curves_of
 from stream.deliver.interest import ANY, Interest
 from stream.deliver.log import EventLog
 from stream.deliver.publish import Sockets
@@ -30,7 +31,7 @@ class OneStream:
         self._session: Session | None = None
         self._version = -1
         self._events = EventLog(None, max_bytes=LOG_BYTES)
-        self.sockets = Sockets(self, self._events, ServerConfig(ws_port=ws_port, zmq_port=zmq_port))
+        self.sockets = Sockets(self, self._events, ServerConfig(ws_port=ws_port, zmq_port=zmq_port, page_port=None))
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +47,7 @@ class OneStream:
     def apply(self, session: Session) -> None:
         """Bring the session's queries up to what is wanted. For the thread that runs the session."""
         self._session = session
+        self.sockets.scored()
         asked = self.interest.asked()
         if self._version != self.interest.version:
             self._version = self.interest.version
@@ -66,6 +68,9 @@ class OneStream:
         return (
             [{"stream": session.stream, "state": self.state.state, "queries": len(session.queries)}] if session else []
         )
+
+    def curves(self) -> Iterator[Curve]:
+        return curves_of(self._session) if self._session else iter(())
 
     def why(self, stream: str, query: Query) -> list[dict[str, Any]]:
         session = self._session

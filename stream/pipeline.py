@@ -1,4 +1,6 @@
-"""One GStreamer pipeline: whatever a source is, decoded frames of raw video come out of it. The only file importing gi.
+"""One GStreamer pipeline: whatever a source is, decoded frames of raw video come out of it.
+
+Beside `stream/clips/mp4.py`, which writes files, the one that imports gi.
 
     uridecodebin | description -> clocksync -> [probe] -> queue -> videoconvert -> videoflip -> RGB -> appsink
 
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kernels.errors import SourceError
+from stream.clips.ring import Unit
 from stream.sources import NO_VIDEO, Source, SourceKind, explain, one_line
 from stream.types import NS, Pixels
 
@@ -76,6 +79,9 @@ class Pipeline:
         self._problem: str | None = None
         self._demuxer: Any = None  # the last one plugged in
         self._on_decoded: Callable[[Pipeline, Any, int], bool]
+        self._on_unit: Callable[[Unit, str, bool], None] | None = None
+        self._taps: list[_Tap] = []  # one for each decoder that was plugged in
+        self._tap: _Tap | None = None  # that of the decoder whose pictures count
         self._segment = Gst.Segment.new()
         self._ntp = Gst.Caps.from_string("timestamp/x-ntp")
         described = source.kind in (SourceKind.TEST, SourceKind.LAUNCH)
@@ -94,9 +100,17 @@ class Pipeline:
             self._decoder.set_property("expose-all-streams", False)
             self._bin.add(self._decoder)
 
-    def start(self, on_decoded: "Callable[[Pipeline, Any, int], bool]") -> None:
-        """Set off; `on_decoded(self, buffer, running_ns)` is asked about every frame, in a streaming thread."""
-        self._on_decoded = on_decoded
+    def start(
+        self,
+        on_decoded: "Callable[[Pipeline, Any, int], bool]",
+        on_unit: Callable[[Unit, str, bool], None] | None = None,
+    ) -> None:
+        """Set off; `on_decoded(self, buffer, running_ns)` is asked about every frame, in a streaming thread.
+
+        `on_unit(unit, caps, first)`, if given, gets what goes into the decoder: first, of this decoder. Video that was
+        never encoded has none.
+        """
+        self._on_decoded, self._on_unit = on_decoded, on_unit
         self._probes = [
             self._gate_pad.add_probe(Gst.PadProbeType.EVENT_DOWNSTREAM, self._see_event),
             self._gate_pad.add_probe(Gst.PadProbeType.BUFFER, self._see_buffer),
@@ -131,7 +145,9 @@ class Pipeline:
             self._gate_pad.remove_probe(probe)
         for owner, handler in self._handlers:
             owner.disconnect(handler)
-        self._probes, self._handlers = [], []
+        for tap in self._taps:
+            tap.remove()
+        self._probes, self._handlers, self._taps, self._tap = [], [], [], None
 
     def is_live(self) -> bool:
         """Whether pictures come when they happen. Known once the first frame stands at the gate."""
@@ -225,6 +241,13 @@ class Pipeline:
         self.adaptive |= "Adaptive" in duty
         if "Demux" in duty:
             self._demuxer = element
+        if self._on_unit is not None and "Decoder" in duty and "Video" in duty:
+            self._tap = _Tap(element, self._see_unit)
+            self._taps.append(self._tap)
+
+    def _see_unit(self, tap: "_Tap", unit: Unit, first: bool) -> None:
+        if self._on_unit is not None and tap is self._tap:
+            self._on_unit(unit, tap.caps, first)
 
     def _see_pad(self, _decoder: Any, pad: Any) -> None:
         """Link the first video; the next too once that is gone, as when HLS changes its rate."""
@@ -233,9 +256,61 @@ class Pipeline:
         if pad.link(self._entry) != Gst.PadLinkReturn.OK:
             self.fault = SourceError(f"cannot open {self._source.shown}: its video cannot be brought to memory")
             self.first.set()
+        # Of several videos the first counts, and not the newest.
+        self._tap = next((tap for tap in self._taps if tap.feeds(pad)), self._tap)
 
     def _see_last_pad(self, _decoder: Any) -> None:
         self._no_video = not self._entry.is_linked()
+
+
+class _Tap:
+    """Sees what goes into one decoder, from before its first unit on."""
+
+    def __init__(self, decoder: Any, see: "Callable[[_Tap, Unit, bool], None]") -> None:
+        self.caps = ""
+        self._decoder, self._see = decoder, see
+        self._first, self._segment = True, Gst.Segment.new()
+        self._pad = decoder.get_static_pad("sink")
+        self._probes = (
+            []
+            if self._pad is None
+            else [
+                self._pad.add_probe(Gst.PadProbeType.EVENT_DOWNSTREAM, self._see_event),
+                self._pad.add_probe(Gst.PadProbeType.BUFFER, self._see_buffer),
+            ]
+        )
+
+    def feeds(self, pad: Any) -> bool:
+        """Whether what leaves this pad, of a bin or of a bin in one, is the decoder's."""
+        while isinstance(pad, Gst.GhostPad):
+            pad = pad.get_target()
+        return pad is not None and pad.get_parent_element() == self._decoder
+
+    def remove(self) -> None:
+        for probe in self._probes:
+            self._pad.remove_probe(probe)
+        self._probes = []
+
+    # -- in GStreamer's streaming threads
+
+    def _see_event(self, _pad: Any, info: Any) -> Any:
+        event = info.get_event()
+        if event.type == Gst.EventType.SEGMENT:
+            event.copy_segment(self._segment)
+        elif event.type == Gst.EventType.CAPS:
+            self.caps = event.parse_caps().to_string()
+        return Gst.PadProbeReturn.OK
+
+    def _see_buffer(self, _pad: Any, info: Any) -> Any:
+        buffer = info.get_buffer()
+        if buffer.pts != Gst.CLOCK_TIME_NONE and self._segment.format == Gst.Format.TIME:
+            # In full: what lies before the segment is decoded, too.
+            sign, running_ns = self._segment.to_running_time_full(Gst.Format.TIME, buffer.pts)
+            key = not buffer.has_flags(Gst.BufferFlags.DELTA_UNIT)
+            data = buffer.extract_dup(0, buffer.get_size())
+            first, self._first = self._first, False
+            self._see(self, Unit(data, sign * running_ns, key, time.monotonic_ns()), first)
+        return Gst.PadProbeReturn.OK
 
 
 def pixels(sample: Any) -> Pixels:

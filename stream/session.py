@@ -74,6 +74,15 @@ class Session:
         """What is watched for, in the order in which it was added."""
         return list(self._queries.values())
 
+    @property
+    def epoch_ns(self) -> int | None:
+        """UTC at stream time 0, as the newest window has it; None before the first."""
+        return self._window.epoch_ns if self._window else None
+
+    def threshold(self, query: Query) -> float:
+        """What its score is held against."""
+        return self.options.threshold if query.threshold is None else query.threshold
+
     def add(self, query: Query) -> None:
         """Watch for a query from the next window on. One that is watched already stays as it is."""
         if query.id not in self._queries:
@@ -158,7 +167,7 @@ class Session:
             kind=Kind.STATUS,
             stream=self.stream,
             seq=self._sequencer.next(self.stream, None),
-            epoch_ns=self._window.epoch_ns if self._window else 0,
+            epoch_ns=self.epoch_ns or 0,
             emitted_ns=time.time_ns(),
             status={"state": state, **details},
         )

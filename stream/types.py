@@ -123,7 +123,20 @@ class Kind(StrEnum):
     UPDATED = "moment.updated"
     CLOSED = "moment.closed"
     HIGHLIGHT = "highlight"
+    CLIP = "clip.ready"
     STATUS = "stream.status"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file cut around a moment, whole on the disk."""
+
+    name: str  # of its file, without .mp4
+    start_ns: int  # stream time of its first picture
+    end_ns: int  # and of its last
+    nbytes: int
+    thumbnail: bool  # a .jpg of the same name lies beside it
+    missing: str | None = None  # why it shows less than was asked for, in words; None: it is complete
 
 
 @dataclass(frozen=True)
@@ -143,3 +156,4 @@ class Event:
     )
     status: dict[str, Any] | None = None  # STATUS only: {"state": "connected" | "reconnecting" | "ended", ...}
     backfill: bool = False  # the moment was over before the query was asked
+    clip: Clip | None = None  # CLIP only

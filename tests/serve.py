@@ -56,7 +56,8 @@ def config(
     sources = "\n".join(f"[streams.{name}]\nsource = {json.dumps(str(source))}" for name, source in streams.items())
     return (
         f"queries = {json.dumps(list(queries))}\n[engine]\n{engine}\n[moments]\n{moments}\n[limits]\n{limits}\n"
-        f'[log]\npath = "{log}"\n[server]\nws_port = {port}\nzmq_port = false\n{server}\n{sources}\n{more}\n'
+        f'[log]\npath = "{log}"\n'
+        f"[server]\nws_port = {port}\npage_port = 0\nzmq_port = false\n{server}\n{sources}\n{more}\n"
     )
 
 
@@ -72,6 +73,8 @@ class Service:
         until(lambda: self.process.poll() is not None or "ws://" in self.errors)
         assert self.process.poll() is None, self.errors
         self.url = next(word for word in self.errors.split() if word.startswith("ws://"))
+        until(lambda: "http://" in self.errors)
+        self.page = next(word for word in self.errors.split() if word.startswith("http://"))
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +209,8 @@ def check(log: Path, *followed: Path) -> list[dict[str, Any]]:
         assert seqs == list(range(1, len(seqs) + 1)), key  # none that was told is missing
     for name, told in moments.items():
         kinds = [event["type"].split(".")[-2] for event in told]
+        if "clip" in told[-1]["data"]:
+            assert kinds.pop() == "ready" and told.pop()["data"]["end"], (name, kinds)
         assert (kinds[0], kinds[-1]) == ("opened", "closed"), (name, kinds)
         assert kinds.count("opened") == kinds.count("closed") == 1, (name, kinds)
         first, last = told[0]["data"], told[-1]["data"]

@@ -17,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from kernels.engine import Engine
 from kernels.errors import InputError
 from stream.config.schema import Limits
+from stream.curves import Curve
 from stream.deliver.interest import ANY, Interest
 from stream.deliver.log import Entry, EventLog
 from stream.deliver.websocket import Client, Server
@@ -96,6 +97,9 @@ class Program:
 
     def streams(self) -> list[dict[str, Any]]:
         return [{"stream": name, "state": "connected"} for name in self.names]
+
+    def curves(self) -> list[Curve]:
+        return []
 
     def why(self, stream: str, query: Query) -> list[dict[str, Any]]:
         found = [name for name in self.names if stream in (name, ANY)]

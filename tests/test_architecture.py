@@ -18,9 +18,11 @@ ADAPTERS = {
     "openvino": {"bench/ops.py"},
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
+    "aiohttp": {"stream/page/server.py"},
     "opentimelineio": {"stream/export/otio.py"},
     "webvtt": {"stream/export/vtt.py"},
-    "gi": {"stream/pipeline.py", "bench/rtsp_server.py"},
+    "playwright": {"bench/browser.py"},
+    "gi": {"stream/pipeline.py", "stream/clips/mp4.py", "bench/rtsp_server.py"},
 }
 BUILD_HALF = {
     f"kernels/{name}.py"

@@ -130,6 +130,8 @@ def test_a_video_that_breaks_off_is_not_half_scored(
         (["capacity", "--plot", "/nowhere/x.png"], "cannot write /nowhere/x.png"),
         (["soak", "--minutes", "nan"], "at least 0.1"),
         (["soak", "--streams", "65"], "--streams must be from 1 to 64"),
+        (["page", "--rounds", "0"], "--rounds must be at least 1"),
+        (["backfill", "--seconds", "nan"], "--seconds must be from 10 to 86400"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(
@@ -215,6 +217,22 @@ def test_soak_watches_memory_and_latency(tmp_path: Path, capsys: pytest.CaptureF
     assert result["decoded"] == pytest.approx(6 * 25, rel=0.25)
     assert result["events"] > 0 and result["glass_to_client_p95_ms"] > 0
     assert plot.stat().st_size > 5000
+
+
+def test_page_and_clips_are_weighed_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "page", "--seconds", "3", "--rounds", "1", "--clients", "2", "--queries", "4"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    without, beside = result["turns"]
+    assert (without["kind"], beside["kind"]) == ("without", "with") and result["clients"] == 2
+    assert "clips" not in without and beside["clips"] >= 1 and beside["clips_mb"] > 0
+    assert result["ratio"] == pytest.approx(beside["p95_ms"] / without["p95_ms"], abs=0.01)
+
+
+def test_backfill_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "backfill", "--seconds", "20", "--rounds", "1", "--queries", "3"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["windows"] == 20 and list(result["answered_ms"]) == ["1", "3"]
+    assert all(ms > 0 for ms in result["answered_ms"].values())
 
 
 def test_the_demo_finds_every_clip() -> None:

@@ -80,7 +80,7 @@ def test_a_reconnect_goes_on_by_the_time_that_passed() -> None:
 def test_a_reconnect_before_the_first_frame_is_no_break() -> None:
     clock = StreamClock(live=True)
     clock.interrupt()
-    assert ticks(clock, (500, 0), (540, 40)) == [Tick(0, False), Tick(40 * MS, False)]
+    assert ticks(clock, (500, 0), (540, 40)) == [Tick(0, False, -500 * MS), Tick(40 * MS, False, -500 * MS)]
 
 
 @pytest.mark.parametrize("restart_ms", [0, 500_000])

@@ -15,6 +15,7 @@ from kernels.bundle import EMBEDDED
 from livemoments import main
 from stream.config.lines import KeyPath, line_of, value_lines
 from stream.config.schema import (
+    ClipsConfig,
     Changes,
     Config,
     ConfigError,
@@ -79,6 +80,11 @@ clients = ["{CLIENT}"]
 [log]
 path = "log/events.sqlite"
 max_mb = 64
+
+[clips]
+folder = "clips"
+before_s = 2
+max_mb = 100
 
 [moments]
 threshold = 0.6
@@ -154,6 +160,7 @@ def test_everything_a_file_can_say_arrives(folder: Path) -> None:
             curve=CurveConfig(secret_key=SECRET_KEY, clients=(CLIENT,)),
         ),
         log=LogConfig(path=folder / "log/events.sqlite", max_mb=64),
+        clips=ClipsConfig(folder=folder / "clips", before_s=2.0, max_mb=100),
         moments=MomentOptions(threshold=0.6, min_gap_s=3.0),
         limits=Limits(streams=8, messages_per_second=2.5),
         webhooks=(
@@ -217,7 +224,7 @@ MISTAKES = {
     "unknown section": ("#\n[limit] #HERE", "unknown section limit: did you mean limits?"),
     "unknown section far from all": (
         "[x.y] #HERE",
-        "unknown section x: known are engine, server, log, moments, limits, webhook, streams, queries",
+        "unknown section x: known are engine, server, log, clips, moments, limits, webhook, streams, queries",
     ),
     "field's name in place of the key": ("webhooks = 1 #HERE", "unknown key webhooks: did you mean webhook?"),
     "unknown key": ("[server]\nws-port = 1 #HERE", "unknown key server.ws-port: did you mean ws_port?"),
@@ -322,6 +329,19 @@ MISTAKES = {
         "log.path: there is no folder FOLDER/nowhere: make it, or name a file elsewhere",
     ),
     "log is a folder": ("log.path = 'clips' #HERE", "log.path: FOLDER/clips is a folder: name a file"),
+    "clips without a folder": (
+        "[clips] #HERE\nmax_mb = 100",
+        "clips.folder is missing: name the folder that clips go to, or take [clips] away",
+    ),
+    "clips in no folder": (
+        "[clips]\nfolder = 'nowhere/clips' #HERE",
+        "clips.folder: there is no folder FOLDER/nowhere: make it, or name a folder elsewhere",
+    ),
+    "clips in a file": ("clips.folder = 'token' #HERE", "clips.folder: FOLDER/token is a file: name a folder"),
+    "clips of no length": ("[clips]\nfolder = 'clips'\nlongest_s = 0 #HERE", "clips.longest_s must be above 0"),
+    "clips that end before": ("[clips]\nafter_s = -1 #HERE\nfolder = 'clips'", "clips.after_s must be at least 0"),
+    "clips that take nothing": ("[clips]\nmax_mb = 0 #HERE\nfolder = 'clips'", "clips.max_mb must be at least 1"),
+    "unknown key of clips": ("[clips]\npath = 'clips' #HERE\nfolder = 'a'", "unknown key clips.path: known are"),
     "stream's name": (
         "#\n['streams'.'two words'] #HERE\nsource = 'test:'",
         "streams.'two words' cannot be the name of a stream: use 1 to 64 letters, digits, dots, - or _",
@@ -370,7 +390,7 @@ MISTAKES = {
     "kind": (
         "[[webhook]]\nurl = 'https://h/'\nkinds = ['moment.opened',\n'moment.shut'] #HERE",
         "webhook.kinds must be one of 'moment.opened', 'moment.updated', 'moment.closed', "
-        "'highlight' or 'stream.status'",
+        "'highlight', 'clip.ready' or 'stream.status'",
     ),
     "secret": (
         "[[webhook]]\nurl = 'https://h/'\nsecret = 'whsec_this is not base64' #HERE",
@@ -495,7 +515,7 @@ def test_changes_names_what_a_reload_brings(tmp_path: Path) -> None:
     old = load(base)
     assert changes(old, load(base + "# the same")) == Changes((), (), (), (), ())
     new = load(
-        "queries = ['x']\nengine.hop = 2\nserver.ws_port = 1\nlog.max_mb = 1\nmoments.threshold = 0.4\n"
+        "queries = ['x']\nengine.hop = 2\nserver.ws_port = 1\nlog.max_mb = 1\nclips.folder = 'c'\nmoments.threshold = 0.4\n"
         "limits.clients = 1\n[[webhook]]\nurl = 'https://h/'\n"
         "[streams]\nc.source = 'test:ball'\nb = {source = 'test:snow', queries = ['y']}"
     )
@@ -504,7 +524,7 @@ def test_changes_names_what_a_reload_brings(tmp_path: Path) -> None:
         removed=("a",),
         changed=("b",),
         sections=("queries", "moments", "limits", "webhooks"),
-        restart=("engine", "server", "log"),
+        restart=("engine", "server", "log", "clips"),
     )
 
 
@@ -584,6 +604,7 @@ def test_check_config_shows_what_the_file_says(folder: Path, capsys: pytest.Capt
         "wss://0.0.0.0:(any port), other machines too, encrypted, with a token",
         "tcp://0.0.0.0:6000, other machines too, encrypted, for 1 client",
         f"{folder}/log/events.sqlite, at most 64 MB",
+        f"{folder}/clips, at most 100 MB, from 2 s before a moment to 5 s after it, 600 s at the longest",
         "https://example.org/..., signed: highlight of door, a dog on the sofa",
         "threshold 0.6 (default 0.5), min_gap_s 3 (default 2)",
         "streams 8 (default 64), messages_per_second 2.5 (default 20)",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stream.events import GapCounter, Sequencer, encode, rfc3339, to_cloudevent, to_json, topic, topic_prefix
-from stream.types import NS, Event, Kind, Moment, Query
+from stream.types import NS, Clip, Event, Kind, Moment, Query
 
 EPOCH_NS = 1_777_863_721_123_456_789  # 2026-05-04T03:02:01.123456789Z
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
@@ -99,9 +99,32 @@ def test_required_attributes(kind: Kind) -> None:
     assert message["data"]["end"] is None and message["data"]["end_s"] is None
 
 
+def test_a_clip_is_told_with_its_moment() -> None:
+    closed = event(3, kind=Kind.CLOSED, end_ns=20 * NS)
+    clip = Clip("door_q_20260504T030213.423Z", 7 * NS, 25_500_000_000, 1234, thumbnail=True)
+    plain, message = to_cloudevent(closed, "run1"), to_cloudevent(replace(closed, kind=Kind.CLIP, clip=clip), "run1", 5)
+    assert message["type"] == "io.livemoments.clip.ready.v1"
+    told = message["data"].pop("clip")
+    assert message["data"] == plain["data"]
+    assert told == {
+        "url": "/clips/door_q_20260504T030213.423Z.mp4",
+        "thumbnail": "/clips/door_q_20260504T030213.423Z.jpg",
+        "start": "2026-05-04T03:02:08.123456Z",
+        "start_s": 7.0,
+        "end_s": 25.5,
+        "bytes": 1234,
+        "complete": True,
+    }
+    short = replace(clip, thumbnail=False, missing="the service ended")
+    told = to_cloudevent(replace(closed, kind=Kind.CLIP, clip=short), "run1")["data"]["clip"]
+    assert (told["thumbnail"], told["complete"], told["missing"]) == (None, False, "the service ended")
+
+
 def test_an_event_without_what_its_kind_needs_is_refused() -> None:
     with pytest.raises(ValueError, match="query and a moment"):
         to_cloudevent(Event(Kind.OPENED, "door", 1, 0, 0, DOG), "run1")
+    with pytest.raises(ValueError, match="needs a clip"):
+        to_cloudevent(event(1, kind=Kind.CLIP), "run1")
     with pytest.raises(ValueError, match="state"):
         to_cloudevent(Event(Kind.STATUS, "door", 1, 0, 0, status={"reason": "x"}), "run1")
 

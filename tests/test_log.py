@@ -19,7 +19,7 @@ from kernels.errors import InputError, LogError
 from stream.deliver import log, log_file
 from stream.deliver.log import Entry, EventLog
 from stream.events import encode
-from stream.types import NS, Event, Kind, Moment
+from stream.types import NS, Clip, Event, Kind, Moment
 from tests.test_events import EPOCH_NS, event, query, status
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +168,43 @@ def test_a_recording_that_is_played_again_tells_its_moments_anew(path: Path) -> 
         assert events.of_query(None, CAT.id, EPOCH_NS + 20 * NS, 99) == []
         assert numbers(events.of_query(None, CAT.id, EPOCH_NS + 19 * NS, 99)) == list(range(1, number + 2))
         events.close()
+
+
+def clip_of(seq: int, name: str, **times: float) -> Event:
+    closed = told(Kind.CLOSED, seq, name, **times)  # type: ignore[arg-type]
+    return replace(closed, kind=Kind.CLIP, clip=Clip("x", 0, NS, 1, thumbnail=False))
+
+
+def test_a_clip_belongs_to_the_moment_it_shows_and_opens_none(events: EventLog) -> None:
+    def found(since_s: int) -> list[int]:
+        return numbers(events.of_query(None, CAT.id, EPOCH_NS + since_s * NS, 99))
+
+    events.append([told(Kind.OPENED, 1, "a"), told(Kind.OPENED, 2, "b", start_s=30)])
+    events.append([told(Kind.CLOSED, 3, "a", end_s=20)])
+    events.append([told(Kind.CLOSED, 4, "b", start_s=30, end_s=40), clip_of(5, "b", start_s=30, end_s=40)])
+    (entry,) = events.append([clip_of(6, "a", end_s=20)])
+    assert (entry.kind, entry.moment_id, entry.over_ns) == (Kind.CLIP, "a", None)
+    assert found(0) == [1, 2, 3, 4, 5, 6]
+    assert found(25) == [2, 4, 5]
+    assert found(45) == []
+    # One of which nothing is known any more is told like any other event, and no moment begins with it.
+    assert numbers(events.append([clip_of(7, "gone")])) == [7]
+    assert found(1000) == []
+
+
+def test_a_clip_finds_its_moment_after_many_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "OVER_KEPT", 2)
+    events = EventLog(path)
+    for n in range(5):
+        events.append([told(Kind.OPENED, 2 * n + 1, f"m{n}"), told(Kind.CLOSED, 2 * n + 2, f"m{n}", end_s=10 + n)])
+    events.append([clip_of(11, "m0", end_s=10), clip_of(12, "m4", end_s=14)])
+    assert numbers(events.of_query(None, CAT.id, EPOCH_NS + 13 * NS, 99)) == [9, 10, 12]
+    assert numbers(events.of_query(None, CAT.id, EPOCH_NS, 99)) == list(range(1, 13))
+    events.close()
+    # After a restart nothing is closed once more, and nothing is told twice.
+    events = EventLog(path)
+    assert events.recovered == [] and events.last == 12
+    events.close()
 
 
 def test_positions(events: EventLog) -> None:

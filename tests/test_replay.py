@@ -14,7 +14,7 @@ from stream.deliver.log import KEPT, EventLog
 from stream.deliver.peer import Join, Peer, Want
 from stream.deliver.websocket import Client
 from stream.events import LOST_TYPE
-from stream.types import NS, Event, Kind, Moment
+from stream.types import NS, Clip, Event, Kind, Moment
 from tests.sockets import QUIET_S, WAIT_S, Program, ask, next_event, next_message, quiet, wait_for
 from tests.test_events import DOG, event, query, status
 
@@ -285,6 +285,13 @@ def test_a_cooldown_keeps_quiet_about_moments_that_follow_too_soon(program: Prog
         assert [next_event(again)["data"]["moment_id"] for _ in range(8)] == [
             name for _, name in expected for _ in "oc"
         ]
+        assert quiet(again)
+        # Clips come later, and those of moments that were kept quiet are, too.
+        for number, start_s in enumerate((100, 110)):
+            closed = moment(number, Kind.CLOSED, start_s, start_s + 2, "door")
+            clip = Clip(f"clip{number}", 0, NS, 1, thumbnail=False)
+            program.tell(replace(closed, kind=Kind.CLIP, seq=100 + number, clip=clip))
+        assert next_event(again)["data"]["clip"]["url"] == "/clips/clip0.mp4"
         assert quiet(again)
 
 

@@ -22,12 +22,12 @@ from rich.console import Console
 
 from kernels.errors import InputError
 from stream.client import subscribe
-from stream.client.board import EARLIER, MAX_ROWS, Board
+from stream.client.board import EARLIER, MAX_ROWS, Board, line
 from stream.client.resume import Resume
 from stream.deliver.log import Entry, EventLog
 from stream.deliver.zeromq import Publisher, new_keys
 from stream.events import GapCounter, encode, lost_notice, to_cloudevent, topic
-from stream.types import Kind
+from stream.types import NS, Clip, Kind
 from tests.sockets import Program, wait_for
 from tests.test_events import DOG, event, query, status
 
@@ -367,16 +367,20 @@ def test_the_table_shows_moments_streams_and_what_is_missing() -> None:
         event(7, asked=evil, kind=Kind.CLOSED, end_ns=20_300_000_000),
     ):
         board.apply(to_cloudevent(sent, "run1"))
+    clip = Clip("door_a-cat", 0, NS, 1, thumbnail=False, missing="the service ended")
+    ready = replace(event(8, asked=evil, kind=Kind.CLIP, end_ns=20_300_000_000), clip=clip, latency_ns=None)
+    board.apply(to_cloudevent(replace(ready, moment=replace(ready.moment, id="m7")), "run1"))  # type: ignore[type-var]
+    assert line(to_cloudevent(ready, "run1")).endswith("20.3 s  /clips/door_a-cat.mp4  (the service ended)")
     board.apply(json.loads(lost_notice(3, "n1")))
     board.apply("ws://x has gone: trying again in 1 s")
     start = datetime.fromisoformat(to_cloudevent(event(1), "run1")["data"]["start"])
     out = StringIO()
     Console(file=out, width=120).print(board.render(start + timedelta(seconds=42), height=20))
     rows = [line.split() for line in out.getvalue().splitlines()]
-    assert [row[:2] for row in rows[1:4]] == [["●", "open"], ["closed", "door"], ["closed", "door"]]
+    assert [row[:2] for row in rows[1:4]] == [["●", "open"], ["closed", "door"], ["closed,", "clip"]]
     assert "42" in rows[1] and "…" in rows[1] and "████████░░" in rows[1] and "457" in rows[1]
     assert "8" in rows[2] and "8" in rows[3]
-    assert (rows[2][-1], rows[3][-2:]) == (EARLIER, ["457", "ms"])
+    assert (rows[2][-1], rows[3][-1]) == (EARLIER, "0.75")
     text = out.getvalue()
     assert "yard: reconnecting (reason timeout, retry_s 4.0)" in text
     assert "missed 2 events by their numbers; the server keeps 3 no more" in text

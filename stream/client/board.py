@@ -32,13 +32,16 @@ def line(message: Message) -> str:
         return f"{told}  {_status(data)}"
     told += f'  "{clean(data["query"])}"  {data["start_s"]:.1f} s to '
     told += "..." if data["end_s"] is None else f"{data['end_s']:.1f} s"
+    if "clip" in data:
+        short = "" if data["clip"]["complete"] else f"  ({clean(data['clip']['missing'])})"
+        return f"{told}  {clean(data['clip']['url'])}{short}"
     late = _late(data)
     return f"{told}  score {data['score']:.2f}" + (f"  {'late ' * (late != EARLIER)}{late}" if late else "")
 
 
 @dataclass
 class _Row:
-    kind: str  # opened, updated, closed or highlight
+    kind: str  # opened, updated, closed, highlight or ready: its clip is
     data: Message
     start: datetime
 
@@ -92,7 +95,7 @@ def _cells(row: _Row, now: datetime) -> list[Text]:
     seconds = (now - row.start).total_seconds() if is_open else data["end_s"] - data["start_s"]
     filled = round(10 * data["score"])
     return [
-        Text("★ highlight" if row.kind == "highlight" else "● open" if is_open else "closed", "green" * is_open),
+        Text(_state(row.kind, is_open), "green" * is_open),
         Text(clean(data["stream"])),
         Text(clean(data["query"])),
         Text(_clock(data["start"])),
@@ -101,6 +104,14 @@ def _cells(row: _Row, now: datetime) -> list[Text]:
         Text("█" * filled + "░" * (10 - filled) + f" {data['score']:.2f}"),
         Text(_late(data)),
     ]
+
+
+def _state(kind: str, is_open: bool) -> str:
+    if kind == "highlight":
+        return "★ highlight"
+    if kind == "ready":
+        return "closed, clip"
+    return "● open" if is_open else "closed"
 
 
 def _late(data: Message) -> str:

@@ -12,6 +12,7 @@ from kernels.bundle import Manifest, load_manifest
 from kernels.errors import BundleError
 from stream.config.lines import line_of, value_lines
 from stream.config.schema import (
+    ClipsConfig,
     Config,
     ConfigError,
     EngineConfig,
@@ -78,6 +79,7 @@ def _lines(config: Config, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "every stream", "\n".join(map(_query, config.queries)) or "no queries"
     yield from _listening(config.server)
     yield "log", f"{config.log.path}, at most {config.log.max_mb} MB"
+    yield "clips", _clips(config.clips)
     for webhook in config.webhooks:
         yield "webhook", _webhook(webhook)
     yield "moments", _differing(vars(config.moments), vars(MomentOptions()))
@@ -88,17 +90,25 @@ def _listening(server: ServerConfig) -> Iterator[tuple[str, str]]:
     host = f"[{server.bind}]" if ":" in server.bind else server.bind
     reach = "this machine only" if server.is_loopback else "other machines too"
     tls, token = server.tls_cert is not None, server.token is not None
-    yield (
-        "WebSocket",
-        f"{'wss' if tls else 'ws'}://{host}:{server.ws_port or '(any port)'}, {reach}, "
-        f"{'encrypted' if tls else 'not encrypted'}, {'with a token' if token else 'without a token'}",
-    )
+    whom = f"{'encrypted' if tls else 'not encrypted'}, {'with a token' if token else 'without a token'}"
+    for name, scheme, port in (("WebSocket", "ws", server.ws_port), ("page", "http", server.page_port)):
+        address = f"{scheme}{'s' if tls else ''}://{host}:{port or '(any port)'}"
+        yield name, "off" if port is None else f"{address}, {reach}, {whom}"
     if server.zmq_port is None:
         yield "ZeroMQ", "off"
     else:
         count = len(server.curve.clients) if server.curve else 0
         whom = f"encrypted, for {count} client{'s' if count > 1 else ''}" if count else "not encrypted, for anybody"
         yield "ZeroMQ", f"tcp://{host}:{server.zmq_port or '(any port)'}, {reach}, {whom}"
+
+
+def _clips(clips: ClipsConfig) -> str:
+    if clips.folder is None:
+        return "none"
+    return (
+        f"{clips.folder}, at most {clips.max_mb} MB, from {clips.before_s:g} s before a moment to {clips.after_s:g} s "
+        f"after it, {clips.longest_s:g} s at the longest; {clips.ring_mb} MB of memory a stream"
+    )
 
 
 def _webhook(webhook: WebhookConfig) -> str:

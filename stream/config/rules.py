@@ -83,6 +83,8 @@ def contradictions(data: dict[str, Any]) -> Iterator[Mistake]:
     yield from _exposed(_table(data, "server"))
     yield from _repeated(data)
     yield from _too_much(data)
+    if isinstance(data.get("clips"), dict) and "folder" not in data["clips"]:
+        yield ("clips",), "clips.folder is missing: name the folder that clips go to, or take [clips] away"
     streams, urls = _table(data, "streams"), set[str]()
     for i, webhook in _tables(data, "webhook"):
         for j, name in enumerate(_array(webhook, "streams")):
@@ -112,8 +114,17 @@ def _exposed(server: dict[str, Any]) -> Iterator[Mistake]:
             )
     if "curve" in server and zmq_port is False:
         yield ("server", "curve"), "[server.curve] is for ZeroMQ, which server.zmq_port = false switches off: keep one"
-    if zmq_port and type(zmq_port) is int and zmq_port == server.get("ws_port", 8765):
-        yield ("server", "zmq_port"), f"server.zmq_port and server.ws_port are both {zmq_port}: change one"
+    taken = dict[int, str]()
+    for name, default in (("ws_port", 8765), ("zmq_port", 5555), ("page_port", 8766)):
+        port = server.get(name, default)
+        if type(port) is not int or not port:
+            continue
+        if port in taken:
+            yield (
+                ("server", name if name in server else taken[port]),
+                (f"server.{name} and server.{taken[port]} are both {port}: change one"),
+            )
+        taken.setdefault(port, name)
     for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
         if one in server and other not in server:
             yield ("server", one), f"server.{one} is given without server.{other}: TLS needs both"

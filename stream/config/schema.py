@@ -35,6 +35,7 @@ from stream.config.values import (
     FilePath,
     Hop,
     Host,
+    OutFolder,
     OutPath,
     Port,
     PortOrOff,
@@ -108,6 +109,7 @@ class ServerConfig(_Table):
     bind: Host = "127.0.0.1"
     ws_port: Port = 8765  # 0: any free one
     zmq_port: PortOrOff = 5555  # 0: any free one; None (in the file: false): no ZeroMQ
+    page_port: PortOrOff = 8766  # 0: any free one; None (in the file: false): no page, no clips to load, no metrics
     token: Token | None = Field(default=None, repr=False)
     tls_cert: FilePath | None = None  # both or none
     tls_key: FilePath | None = None
@@ -129,6 +131,17 @@ class ServerConfig(_Table):
 class LogConfig(_Table):
     path: OutPath = Field(default=Path("livemoments.sqlite"), validate_default=True)
     max_mb: Count = 512
+
+
+class ClipsConfig(_Table):
+    """Video files cut around moments."""
+
+    folder: OutFolder | None = None  # None: no clips
+    before_s: Seconds = 5.0  # that a clip begins before its moment, at least
+    after_s: Seconds = 5.0  # and goes on after it
+    longest_s: Annotated[Real, Field(gt=0)] = 600.0  # a longer clip is cut off
+    max_mb: Count = 10240  # on the disk, in all: the oldest go
+    ring_mb: Count = 64  # in memory, of each stream
 
 
 class Limits(_Table):
@@ -187,6 +200,7 @@ class Config(_Table):
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
     log: LogConfig = Field(default_factory=LogConfig)
+    clips: ClipsConfig = ClipsConfig()
     moments: _CheckedMoments = MomentOptions()
     limits: Limits = Limits()
     webhooks: tuple[WebhookConfig, ...] = Field(default=(), validation_alias="webhook")  # [[webhook]]
@@ -200,6 +214,7 @@ _TABLES: dict[KeyPath, type[_Table]] = {
     ("server",): ServerConfig,
     ("server", "curve"): CurveConfig,
     ("log",): LogConfig,
+    ("clips",): ClipsConfig,
     ("moments",): _Moments,
     ("limits",): Limits,
     ("webhook",): WebhookConfig,
@@ -217,7 +232,7 @@ class Changes:
     removed: tuple[str, ...]
     changed: tuple[str, ...]  # another source, or other queries of its own
     sections: tuple[str, ...]  # those of queries, moments, limits and webhooks that differ
-    restart: tuple[str, ...]  # those of engine, server and log that differ: they wait for a restart
+    restart: tuple[str, ...]  # those of engine, server, log and clips that differ: they wait for a restart
 
 
 def changes(old: Config, new: Config) -> Changes:
@@ -229,7 +244,7 @@ def changes(old: Config, new: Config) -> Changes:
         removed=tuple(name for name in old.streams if name not in new.streams),
         changed=tuple(name for name in old.streams if new.streams.get(name, old.streams[name]) != old.streams[name]),
         sections=differ("queries", "moments", "limits", "webhooks"),
-        restart=differ("engine", "server", "log"),
+        restart=differ("engine", "server", "log", "clips"),
     )
 
 

@@ -49,6 +49,16 @@ def _to_write(path: Path) -> Path:
     return path
 
 
+def _to_fill(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}: make it, or name a folder elsewhere")
+    if not os.access(path if path.exists() else path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: permission denied")
+    return path
+
+
 def _source(text: str, info: ValidationInfo) -> str:
     text = text.strip()
     try:
@@ -160,6 +170,7 @@ PortOrOff = Annotated[Port | None, BeforeValidator(_off)]
 AnyPath = Annotated[Path, AfterValidator(_located)]
 FilePath = Annotated[AnyPath, AfterValidator(_readable)]
 OutPath = Annotated[AnyPath, AfterValidator(_to_write)]
+OutFolder = Annotated[AnyPath, AfterValidator(_to_fill)]
 Host = Annotated[str, AfterValidator(_host)]
 Url = Annotated[str, AfterValidator(_url)]
 Token = Annotated[str, AfterValidator(_token)]

@@ -22,6 +22,8 @@ from stream.types import Event, Kind
 
 KEPT = 4096
 """The newest entries that stay in memory, some megabytes."""
+OVER_KEPT = 4096
+"""The newest moments that ended whose keys stay in memory: their clips are told some time after."""
 REMOVED_AT_ONCE = 64
 """Old entries that one append removes at most, or four for each it stores: milliseconds."""
 
@@ -71,6 +73,7 @@ class EventLog:
         self._newest: deque[Entry] = deque(maxlen=KEPT)
         self._keeping = threading.Lock()  # of `_newest`, `_first` and `_last`
         self._open: dict[_Name, int] = {}  # the moments this run has open, and their keys
+        self._over: dict[_Name, int] = {}  # those it has closed, the newest last
         self._doomed = 0  # entries up to this number are on their way out
         self._unweighed = max_bytes  # bytes stored since the database was last measured
         if path is None:
@@ -114,11 +117,12 @@ class EventLog:
             return []
         with self._writing:
             entries = [_entry(event, self.run, number) for number, event in enumerate(events, self._last + 1)]
-            still_open = dict(self._open)
+            still_open, over = dict(self._open), dict[_Name, int]()
             with self._transaction():
                 first = self._make_room(entries)
-                self._store(entries, [(self._run_key, event.seq) for event in events], still_open)
+                self._store(entries, [(self._run_key, event.seq) for event in events], still_open, over)
             self._open = still_open
+            self._remember(over)
             # Still under the writer's lock: batches are seen in the order of their numbers.
             self._keep(entries, first)
         return entries
@@ -198,30 +202,50 @@ class EventLog:
             number = self._last + len(entries) + 1
             payload, over_ns = interrupted([row[0] for row in told], seq, number, time.time_ns())
             entries.append(Entry(number, stream, query_id, Kind.CLOSED, name, over_ns, bool(backfill), payload))
-            self._store(entries[-1:], [(run, seq)], {(stream, query_id, name): key})
+            self._store(entries[-1:], [(run, seq)], {(stream, query_id, name): key}, {})
         return entries
 
-    def _store(self, entries: Sequence[Entry], ids: Sequence[_Id], still_open: dict[_Name, int]) -> None:
-        """Writes entries, and what they do to their moments; `still_open` follows.
+    def _store(
+        self, entries: Sequence[Entry], ids: Sequence[_Id], still_open: dict[_Name, int], over: dict[_Name, int]
+    ) -> None:
+        """Writes entries, and what they do to their moments; `still_open` follows, and `over` gets those that end.
 
         In few statements: each gives up the interpreter, and a busy thread may keep it for 5 ms.
         """
-        rows, opened, over = [], [], []
+        rows, opened, ends = [], [], []
         for entry, (run, seq) in zip(entries, ids, strict=True):
             key = None
             if entry.query_id is not None and entry.moment_id is not None:
                 name = entry.stream, entry.query_id, entry.moment_id
-                if name not in still_open:
-                    still_open[name] = entry.number
-                    opened.append((entry.number, *name, None))
-                key = still_open[name]
+                if entry.kind is Kind.CLIP:  # it belongs to a moment that has been told, and never begins one
+                    key = over.get(name) or self._over.get(name) or self._key_of(name)
+                else:
+                    if name not in still_open:
+                        still_open[name] = entry.number
+                        opened.append((entry.number, *name, None))
+                    key = still_open[name]
                 if entry.kind is Kind.CLOSED:
-                    over.append((entry.over_ns, still_open.pop(name)))
+                    over[name] = still_open.pop(name)
+                    ends.append((entry.over_ns, over[name]))
             of = entry.stream, entry.query_id or "", seq, entry.kind, key
             rows.append((entry.number, run, *of, entry.over_ns, entry.backfill, entry.payload))
         log_file.insert(self._writer, "moments", opened)
         log_file.insert(self._writer, "events", rows)
-        self._writer.executemany("UPDATE moments SET over_ns = ? WHERE key = ?", over)
+        self._writer.executemany("UPDATE moments SET over_ns = ? WHERE key = ?", ends)
+
+    def _remember(self, over: Mapping[_Name, int]) -> None:
+        for name, key in over.items():
+            self._over.pop(name, None)
+            self._over[name] = key
+        while len(self._over) > OVER_KEPT:
+            del self._over[next(iter(self._over))]
+
+    def _key_of(self, name: _Name) -> int | None:
+        """Of a moment that ended long ago; None once nothing is left of it."""
+        (key,) = self._writer.execute(
+            "SELECT max(key) FROM moments WHERE query_id = ? AND stream = ? AND name = ?", [name[1], name[0], name[2]]
+        ).fetchone()
+        return None if key is None else int(key)
 
     def _make_room(self, coming: Sequence[Entry]) -> int:
         """Removes some of the oldest entries if the database is too large. Returns the oldest number that is left.

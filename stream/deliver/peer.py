@@ -11,8 +11,10 @@ from typing import Any
 from stream.deliver.interest import ANY
 from stream.deliver.log import Entry
 from stream.events import lost_notice
+from stream.history import Scores
 from stream.types import NS, Kind
 
+_MUTED_KEPT = 1024  # of moments that ended inside a cooldown: their clips come later
 _BURST_S = 5.0  # of messages that a client may send at once, in seconds of its rate
 
 
@@ -32,6 +34,7 @@ class Want:
     over: bool = False  # unsubscribed
     _opened: dict[tuple[str, str | None], int] = field(default_factory=dict)  # (stream, query) -> when it was told last
     _muted: set[tuple[str, str]] = field(default_factory=set)  # (stream, moment) inside the cooldown
+    _over: dict[tuple[str, str], None] = field(default_factory=dict)  # of these, those that ended, the newest last
 
     def accepts(self, entry: Entry) -> bool:
         """Whether an event is for this subscription; the log must be read in order."""
@@ -56,8 +59,13 @@ class Want:
             else:
                 self._opened[entry.stream, entry.query_id] = start_ns
         muted = moment in self._muted
-        if entry.kind is Kind.CLOSED:
+        if entry.kind is Kind.CLIP:
+            return not muted and moment not in self._over
+        if entry.kind is Kind.CLOSED and muted:
             self._muted.discard(moment)
+            self._over[moment] = None
+            if len(self._over) > _MUTED_KEPT:
+                del self._over[next(iter(self._over))]
         return not muted
 
     def describe(self) -> dict[str, Any]:
@@ -100,6 +108,8 @@ class Peer:
         self.position = position  # up to where it has been sent the log
         self.wants: dict[Key, Want] = {}
         self.joins: list[Join] = []  # in the order in which they are to be told
+        # Of (stream, query): whose scores, and how many of them it has been sent; None: it does not follow the curves.
+        self.curves: dict[tuple[str, str], tuple[Scores, int]] | None = None
         self.wake = asyncio.Event()  # set when there may be something to send
         self._name, self._notices = uuid.uuid4().hex, 0
         self._tokens, self._filled_s = float("inf"), time.monotonic()

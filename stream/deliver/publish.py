@@ -11,6 +11,7 @@ from typing import Self
 
 from kernels.errors import LogError
 from stream.config.schema import Limits, ServerConfig
+from stream.deliver.entrance import Door
 from stream.deliver.log import Entry, EventLog
 from stream.deliver.switchboard import Program
 from stream.deliver.webhook import Webhook
@@ -55,7 +56,9 @@ class Sockets:
         limits: Limits = Limits(),  # noqa: B008 - frozen
         history_s: float = 0.0,
         webhooks: Sequence[Webhook] = (),
+        doors: Sequence[Door] = (),
     ) -> None:
+        """doors: other ways in than the WebSocket, see `websocket.Server`."""
         self.lost = 0
         self.problem: str | None = None
         self.stored = Durations()  # from an event's emission until it is stored and with the sockets
@@ -74,6 +77,7 @@ class Sockets:
                 history_s=history_s,
                 token=server.token,
                 tls=(server.tls_cert, server.tls_key) if server.tls_cert and server.tls_key else None,
+                doors=doors,
             )
             self._server.start()
             try:
@@ -130,6 +134,10 @@ class Sockets:
                 failed.append(f"webhook {webhook.state.name} ({error})")
         self.webhooks = started
         return failed
+
+    def scored(self) -> None:
+        """There are new scores to draw. Never blocks."""
+        self._server.scored()
 
     def tell(self, event: Event) -> None:
         """Store and publish an event. Never blocks."""

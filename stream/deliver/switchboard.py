@@ -11,7 +11,11 @@ past tense, or by {"op": "error", "message": TEXT}:
     list         this client's subscriptions
     why          query, stream, threshold: what it scores at present, and why nothing is told
     streams      all streams and how they are
+    curves       on BOOL: from now on the scores of every query that runs, as they come; first those that are kept
     add_stream   stream NAME, source TEXT;  remove_stream   stream NAME
+
+{"op": "curve", "stream", "query_id", "query", "threshold", "hop_s", "times", "scores"} comes to who asked for curves:
+times in ms UTC, of the middle of each hop; "anew": true where what came before of that curve is to be forgotten.
 
 What has `type` instead of `op` is an event. {"op": "caught_up", "query_id", "stream", "lognumber"} comes, for each
 stream, once the past of a subscription has been told up to that number: from there on events come live. An event that
@@ -25,10 +29,12 @@ from there.
 import asyncio
 import json
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, overload
 
 from kernels.errors import InputError, LivemomentsError
 from stream.config.schema import Limits
+from stream.curves import Curve
 from stream.deliver.interest import ANY, Interest
 from stream.deliver.log import EventLog
 from stream.deliver.peer import Join, Key, Peer, Want
@@ -41,6 +47,7 @@ _PAST = {
     "list": "list",
     "why": "why",
     "streams": "streams",
+    "curves": "curves",
     "add_stream": "stream_added",
     "remove_stream": "stream_removed",
 }
@@ -57,6 +64,8 @@ class Program(Protocol):
 
     def streams(self) -> list[dict[str, Any]]: ...
 
+    def curves(self) -> Iterable[Curve]: ...
+
     def add_stream(self, name: str, source: str) -> None: ...
 
     def remove_stream(self, name: str) -> None: ...
@@ -71,6 +80,32 @@ class Switchboard:
         self._program, self._log, self._history_s = program, log, history_s
         self._encoding = asyncio.Semaphore(1)  # one at a time: the streams need the processor, too
         self.peers: set[Peer] = set()
+        self.curious = False  # somebody follows the curves; any thread may look
+
+    @property
+    def full(self) -> bool:
+        """As many clients have entered as may."""
+        return len(self.peers) >= self.limits.clients
+
+    def wake_curious(self) -> None:
+        for peer in self.peers:
+            if peer.curves is not None:
+                peer.wake.set()
+
+    def curves(self, peer: Peer) -> Iterator[bytes]:
+        """What is new of the curves, for a client that follows them: one message for each that has grown."""
+        if peer.curves is None:
+            return
+        running = {}
+        for curve in self._program.curves():
+            key = curve.stream, curve.query.id
+            scores, count = peer.curves.get(key, (None, 0))
+            anew = scores is not curve.scores
+            windows, values, count = curve.scores.since(0 if anew else count)
+            running[key] = curve.scores, count
+            if anew or len(windows):
+                yield to_json(curve.message(windows, values, anew=anew))
+        peer.curves = running
 
     def enter(self) -> Peer:
         peer = Peer(self._log.last)
@@ -80,6 +115,7 @@ class Switchboard:
     def leave(self, peer: Peer) -> None:
         """Forgets a client, and lets go of what it held."""
         self.peers.discard(peer)
+        self._count_curious()
         for key in list(peer.wants):
             self._drop(peer, key)
 
@@ -107,6 +143,14 @@ class Switchboard:
         match request["op"]:
             case "list":
                 return {"subscriptions": [want.describe() for want in peer.wants.values()]}
+            case "curves":
+                on = request.get("on", True)
+                if not isinstance(on, bool):
+                    raise InputError('"on" is true or false')
+                peer.curves = {} if on else None
+                self._count_curious()
+                peer.wake.set()
+                return {"on": on}
             case "streams":
                 return {"streams": self._program.streams(), "lognumber": self._log.last}
             case "add_stream":
@@ -164,6 +208,9 @@ class Switchboard:
                 peer.joins.append(Join(want, ANY, last))
         peer.wants[key] = want
         return want.describe() | {"lognumber": last}
+
+    def _count_curious(self) -> None:
+        self.curious = any(peer.curves is not None for peer in self.peers)
 
     async def _encode(self, key: Key) -> Query:
         async with self._encoding:

@@ -5,18 +5,15 @@
 
 import asyncio
 import contextlib
-import errno
-import hmac
 import logging
-import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
@@ -24,25 +21,18 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 from websockets.sync.client import connect
 
-from kernels.errors import InputError, LogError
-from stream.config.rules import is_loopback
+from kernels.errors import InputError
 from stream.config.schema import Limits
+from stream.deliver import entrance
+from stream.deliver.conversation import Gone, converse
+from stream.deliver.entrance import CLOSE_TIMEOUT_S, HOST, WRITE_LIMIT_BYTES, Door
 from stream.deliver.log import EventLog
-from stream.deliver.peer import Join, Peer
 from stream.deliver.switchboard import Program, Switchboard
 from stream.events import to_json
 
 log = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
-WRITE_LIMIT_BYTES = 16 * 1024
-SEND_BUFFER_BYTES = 32 * 1024
-CLOSE_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 5.0
-KEEPALIVE_S = 60
-RETRY_S = 1.0
-ORIGINS = (None, re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"))
-"""Any page in a browser can reach loopback: only pages served from this machine, and programs, are let in."""
 
 
 class Server:
@@ -64,6 +54,7 @@ class Server:
         history_s: float = 0.0,
         token: str | None = None,
         tls: tuple[Path, Path] | None = None,
+        doors: Sequence[Door] = (),
     ) -> None:
         """
         Args:
@@ -71,15 +62,15 @@ class Server:
             history_s: how much of the past is kept for backfill.
             token: what every client must send, as `Authorization: Bearer TOKEN` or as ?token=TOKEN.
             tls: certificate chain and key, PEM.
+            doors: other servers that let clients in to the same rules, in the same event loop.
         """
-        if not 0 <= port <= 65535:
-            raise InputError(f"the WebSocket port must be a number from 0 to 65535, got {port}")
-        if token is None and not is_loopback(host):
-            raise InputError(f"binding to {host} without a token lets anybody in: set a token or bind to {HOST}")
+        entrance.check_port(port, "WebSocket")
+        entrance.check_bind(host, token)
         self.port = port
         self._host, self._token, self._log = host, token, log
-        self._tls = _tls_context(*tls) if tls else None
+        self._tls = entrance.tls_context(*tls) if tls else None
         self._board = Switchboard(program, log, limits, history_s)
+        self._doors = doors
         self._links: set[ServerConnection] = set()
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,30 +79,23 @@ class Server:
     @property
     def url(self) -> str:
         """Where programs on this machine reach it."""
-        host = self._host if self._host not in ("0.0.0.0", "::", "") else HOST
-        return f"{'wss' if self._tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        return entrance.url("ws", self._host, self.port, tls=self._tls is not None)
 
     @property
     def clients(self) -> int:
-        return len(self._links)
+        """Those of all doors."""
+        return len(self._board.peers)
 
     def start(self) -> None:
         """Binds and begins to serve; clients can connect when it returns. InputError if it cannot bind."""
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        try:
-            listener = socket.create_server((self._host, self.port), family=family, backlog=self._board.limits.clients)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise InputError(
-                    f"port {self.port} (WebSocket) is taken by another program: stop that, or choose another port"
-                ) from None
-            raise InputError(f"cannot serve on {self._host}:{self.port}: {error}") from None
-        # Accepted connections inherit both. The kernel would buffer megabytes for a client that does not read, all of
-        # it stale by the time it reads again; and it finds out about hosts that went without a word.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+        listener = entrance.listen(self._host, self.port, "WebSocket", self._board.limits.clients)
         self.port = listener.getsockname()[1]
+        try:
+            for door in self._doors:
+                door.bind()
+        except BaseException:
+            listener.close()
+            raise
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(self._loop, listener), name="websocket", daemon=True)
         self._thread.start()
@@ -122,6 +106,11 @@ class Server:
         Before start() and after close() it does nothing.
         """
         self._call(self._wake)
+
+    def scored(self) -> None:
+        """There are new scores, for clients that follow the curves. Never blocks; any thread may call."""
+        if self._board.curious:
+            self._call(self._board.wake_curious)
 
     def join(self, stream: str, query_id: str, number: int) -> None:
         """See `Switchboard.join`. Never blocks; any thread may call."""
@@ -150,7 +139,13 @@ class Server:
     def _run(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
         logging.getLogger("asyncio").addFilter(_is_news)
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(self._serve(listener))
+            runner.run(self._serve_all(listener))
+
+    async def _serve_all(self, listener: socket.socket) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._serve(listener))
+            for door in self._doors:
+                group.create_task(door.serve(self._board, self._log, self._stop))
 
     async def _serve(self, listener: socket.socket) -> None:
         async with serve(
@@ -159,7 +154,7 @@ class Server:
             ssl=self._tls,
             process_request=self._admit,
             # Without a token any page in a browser could reach loopback: only pages of this machine, and programs.
-            origins=ORIGINS if self._token is None else None,
+            origins=entrance.ORIGINS if self._token is None else None,
             compression=None,  # would cost memory per client and time per event, to save bytes on loopback
             ping_interval=None,  # one that is only slow may stay, and TCP tells of those that have gone
             open_timeout=HANDSHAKE_TIMEOUT_S,
@@ -181,93 +176,50 @@ class Server:
     def _admit(self, link: ServerConnection, request: Request) -> Response | None:
         if self._token is None:
             return None
-        given = parse_qs(request.path.partition("?")[2]).get("token", [""])[-1]
-        for header in request.headers.get_all("Authorization"):
-            given = header.removeprefix("Bearer ").strip()
-        if hmac.compare_digest(given.encode(errors="replace"), self._token.encode()):
+        query = dict(parse_qsl(request.path.partition("?")[2]))
+        if entrance.same(entrance.token_of(request.headers.get_all("Authorization"), query), self._token):
             return None
         return link.respond(HTTPStatus.UNAUTHORIZED, "the token is wrong or missing: Authorization: Bearer TOKEN\n")
 
     async def _talk(self, link: ServerConnection) -> None:
         """One client, from its handshake until it has gone."""
-        if len(self._links) >= self._board.limits.clients:
+        if self._board.full:
             most = self._board.limits.clients
             await link.close(CloseCode.TRY_AGAIN_LATER, f"{most} clients are connected, which is the most")
             return
-        peer = self._board.enter()
         self._links.add(link)
-        writer = asyncio.create_task(self._write(link, peer))
         try:
-            async for message in link:
-                # A client that does not read its answers is not read either. The answer is written before anything
-                # that it leads to, since nothing is awaited in between.
-                await link.send(await self._board.answer(peer, message), text=True)
-        except ConnectionClosed as error:
-            log.debug("a client has gone: %s", error)
+            await converse(_Link(link), self._board, self._log)
         finally:
-            writer.cancel()
             self._links.discard(link)
-            self._board.leave(peer)
 
-    async def _write(self, link: ServerConnection, peer: Peer) -> None:
-        """Follow the log for one client; `send` returns when the client has taken most of it."""
+
+class _Link:
+    """A connection as conversations take it."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self._connection = connection
+
+    async def messages(self) -> AsyncIterator[str | bytes]:
         try:
-            while True:
-                await peer.wake.wait()
-                peer.wake.clear()
-                while (join := peer.due()) or peer.position < self._log.last:
-                    try:
-                        await (self._tell_past(link, peer, join) if join else self._tell_next(link, peer))
-                    except LogError as error:  # the disk fails: try again, later
-                        log.warning("%s", error)
-                        await asyncio.sleep(RETRY_S)
-        except ConnectionClosed:
-            pass  # _talk hears of it too
-        except Exception:  # without its writer a client would wait for ever
-            log.exception("a client is given up")
-            await link.close(CloseCode.INTERNAL_ERROR)
+            async for message in self._connection:
+                yield message
+        except ConnectionClosed as error:
+            raise Gone(str(error)) from None
 
-    async def _tell_next(self, link: ServerConnection, peer: Peer) -> None:
-        position = peer.position
-        if self._log.remembers(position):
-            entries = self._log.read(position)
-        else:
-            entries = await asyncio.to_thread(self._log.read, position)
-        if entries and position == peer.position:  # while the disk was read it may have had to go back
-            for payload in peer.passed(entries):
-                await link.send(payload, text=True)
-        await asyncio.sleep(0)  # `send` to who reads fast does not wait: the others have their turn, too
+    async def send(self, payload: bytes) -> None:
+        try:
+            await self._connection.send(payload, text=True)
+        except ConnectionClosed as error:
+            raise Gone(str(error)) from None
 
-    async def _tell_past(self, link: ServerConnection, peer: Peer, join: Join) -> None:
-        want, number = join.want, join.number
-        if want.since_ns is None:
-            number = peer.position
-        else:
-            query = join.stream, want.query_id
-            past = await asyncio.to_thread(self._log.of_query, *query, want.since_ns, number + 1)
-            for entry in past:
-                if want.over:
-                    return
-                if want.lets_through(entry):
-                    await link.send(entry.payload, text=True)
-        if not want.over:
-            peer.joins.remove(join)
-            caught_up = {"op": "caught_up", "query_id": want.query_id, "stream": join.stream, "lognumber": number}
-            await link.send(to_json(caught_up), text=True)
+    async def give_up(self) -> None:
+        await self._connection.close(CloseCode.INTERNAL_ERROR)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     """A client that sends pings and hangs up would write a line into our log for each."""
     return "socket.send() raised" not in str(record.msg)
-
-
-def _tls_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError) as error:
-        raise InputError(f"cannot use {certificate} with {key} for TLS: {error}") from None
-    return context
 
 
 class Client:

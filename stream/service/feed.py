@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from kernels.errors import SourceError
+from stream.clips.ring import Ring
 from stream.clock import slot_of
 from stream.ingest import VideoSource, open_source
 from stream.sources import Source, SourceStatus, one_line
@@ -27,12 +28,18 @@ class Feed:
     those that it dropped.
     """
 
-    def __init__(self, source: Source, name: str, hop_ns: int, wake: Callable[[], None]) -> None:
-        """wake: called when there is something to take; it must not block."""
+    def __init__(
+        self, source: Source, name: str, hop_ns: int, wake: Callable[[], None], ring: Ring | None = None
+    ) -> None:
+        """
+        Args:
+            wake: called when there is something to take; it must not block.
+            ring: keeps the video as it comes, encoded.
+        """
         self.source = source
         self.state = SourceStatus("reconnecting", "not opened yet")
         self.decoded = self.taken = self.dropped = self.reconnects = 0
-        self._name, self._hop_ns, self._wake = name, hop_ns, wake
+        self._name, self._hop_ns, self._wake, self._ring = name, hop_ns, wake, ring
         self._items: queue.Queue[Frame | SourceStatus] = queue.Queue(1)
         self._closed = threading.Event()
         self._before: tuple[int, ...] = (0, 0, 0, 0)  # of sources that were closed
@@ -57,7 +64,10 @@ class Feed:
         wait_s = BACKOFF_S[0]
         while not self._closed.is_set():
             try:
-                with closing(open_source(self.source, hop_ns=self._hop_ns, name=self._name)) as video:
+                if self._ring:
+                    self._ring.source(None if self._end_ns else 0)
+                source = open_source(self.source, hop_ns=self._hop_ns, name=self._name, ring=self._ring)
+                with closing(source) as video:
                     wait_s = BACKOFF_S[0]
                     try:
                         self._follow(video)
@@ -81,6 +91,8 @@ class Feed:
             passed_ns = time.monotonic_ns() - self._ended_ns if video.live else self._hop_ns
             slot = max((self._end_ns + passed_ns) // self._hop_ns, slot_of(self._end_ns, self._hop_ns) + 1)
             begin_ns = (slot + 1) * self._hop_ns  # what begins there stands for `slot`: see `slot_of`
+        if self._ring:
+            self._ring.based(begin_ns)
         first = begin_ns > 0
         while not self._closed.is_set():
             if (item := video.read(POLL_S)) is None:

@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             with Service(engine, config, events) as service:
                 _say(f"{len(config.streams)} streams, {service.ws_url}", service.zmq_address)
+                if service.page_url:
+                    _say(f"the page is at {service.page_url}")
                 for entry in events.recovered:
                     _say(f"closed what was open when this was killed: {entry.moment_id}")
                 while not (came := signals(POLL_S)) & {signal.SIGINT, signal.SIGTERM}:

@@ -10,31 +10,37 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Self
 
 from kernels.engine import Engine
 from kernels.errors import InputError
 from stream.backfill import Backfill
-from stream.config.schema import Changes, Config, WebhookConfig, changes
+from stream.clips.recorder import Recorder, Track, ready
+from stream.config.schema import Changes, Config, changes
+from stream.curves import Curve, curves_of
 from stream.deliver.interest import ANY, Interest
 from stream.deliver.log import EventLog
 from stream.deliver.publish import Sockets
-from stream.deliver.webhook import Webhook, wants
 from stream.events import Sequencer
 from stream.history import History
 from stream.pipeline import require_plugins
+from stream.service.backstage import Backstage, page_of
 from stream.service.feed import Feed
 from stream.service.why import why
+from stream.service.wishes import hold, queries_of, webhooks_of
 from stream.session import Session, push_all
 from stream.sources import STREAM_NAME, SourceKind, SourceStatus, parse_source
-from stream.types import NS, Frame, Query, normalise
+from stream.types import NS, Event, Frame, Query
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 SLICE_NS = 10_000_000
 """How long a turn spends on the past of new queries: what it may add to the latency of an event."""
+RAW = (SourceKind.TEST, SourceKind.LAUNCH)
+"""Sources whose pictures come as a description makes them: there is nothing encoded that clips could be cut from."""
 FEEDS_S = 2.0
 """How long the end waits for sources to close, all together: one that hangs in a network is left behind."""
 
@@ -42,8 +48,8 @@ FEEDS_S = 2.0
 class Stream:
     """One stream of the service: its source, its session, and the queries on their way into it."""
 
-    def __init__(self, feed: Feed, session: Session) -> None:
-        self.feed, self.session = feed, session
+    def __init__(self, feed: Feed, session: Session, track: Track | None) -> None:
+        self.feed, self.session, self.track = feed, session, track
         self.backfill: Backfill | None = None
         self.pending: dict[str, Query] = {}  # they wait for the backfill before theirs
         self.version = -1  # of the interest that its rows follow
@@ -62,7 +68,7 @@ class Service:
         require_plugins()  # which starts GStreamer: threads that did so at once would get in each other's way
         self.config = config
         self.interest = Interest(engine, config.limits.queries)
-        self._engine, self._log = engine, events
+        self._engine, self.log = engine, events
         self._hop_ns = config.engine.hop_ns
         self._capacity = int(config.limits.history_s * NS) // self._hop_ns
         self._sequencer = Sequencer()
@@ -70,18 +76,24 @@ class Service:
         self._leaving: deque[Stream] = deque()
         self._changing = threading.RLock()  # streams and config
         self._work, self._stopping = threading.Event(), False
-        queries = self._queries(config)
-        self._held = self._hold(queries)
+        queries = queries_of(config, self.interest)
+        self._held = hold(self.interest, queries)
+        self.recorder: Recorder | None = None  # of clips, and of the pictures that the page shows
+        self._page = page_of(config.server, Backstage(self))
         self._sockets = Sockets(
             self,
             events,
             config.server,
+            doors=[self._page] if self._page else [],
             limits=config.limits,
             history_s=config.limits.history_s if self._capacity else 0.0,
-            webhooks=self._webhooks(config, queries),
+            webhooks=webhooks_of(config, self.interest, queries, self.log),
         )
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
         try:
+            if config.clips.folder or config.server.page_port is not None:
+                history_s, wake = config.limits.history_s, self._work.set
+                self.recorder = Recorder(config.clips, history_s=history_s, hop_ns=self._hop_ns, wake=wake)
             for name, stream in config.streams.items():
                 self.add_stream(name, stream.source)
         except BaseException:
@@ -96,6 +108,10 @@ class Service:
     def zmq_address(self) -> str | None:
         return self._sockets.zmq_address
 
+    @property
+    def page_url(self) -> str | None:
+        return self._page.url if self._page else None
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -108,6 +124,8 @@ class Service:
         self._let_go()
 
     def _let_go(self) -> None:
+        if self.recorder:
+            self.recorder.close()
         feeds = [stream.feed for stream in self._streams.values()]
         until = time.monotonic() + FEEDS_S
         for feed in feeds:
@@ -135,14 +153,16 @@ class Service:
             if len(self._streams) >= self.config.limits.streams:
                 raise InputError(f"{self.config.limits.streams} streams are the most: remove one first")
             history = History(self._capacity) if self._capacity else None
+            track = self.recorder.track(name, raw=parsed.kind in RAW) if self.recorder else None
             session = Session(
                 *(self._engine, name, self._hop_ns, self.config.moments),
                 recorded=parsed.kind is SourceKind.FILE,
-                tell=self._sockets.tell,
+                tell=partial(self._tell, track),
                 history=history,
                 sequencer=self._sequencer,
             )
-            self._streams = {**self._streams, name: Stream(Feed(parsed, name, self._hop_ns, self._work.set), session)}
+            feed = Feed(parsed, name, self._hop_ns, self._work.set, track.ring if track else None)
+            self._streams = {**self._streams, name: Stream(feed, session, track)}
         self._work.set()
 
     def remove_stream(self, name: str) -> None:
@@ -167,14 +187,24 @@ class Service:
                 "source": stream.feed.source.shown,
                 "state": stream.feed.state.state,
                 **({"reason": stream.feed.state.reason} if stream.feed.state.reason else {}),
-                "queries": len(stream.session.queries),
+                "queries": len(queries := stream.session.queries),
+                "watching": [
+                    {"query_id": query.id, "query": query.text, "threshold": stream.session.threshold(query)}
+                    for query in queries
+                ],
+                "hop_s": self._hop_ns / NS,
                 "decoded": stream.feed.decoded,
                 "looked_at": stream.feed.taken - stream.feed.dropped,
                 "dropped": stream.feed.dropped,
                 "reconnects": stream.feed.reconnects,
+                **({"clips": stream.track.describe()} if stream.track and self.config.clips.folder else {}),
             }
             for name, stream in self._streams.items()
         ]
+
+    def curves(self) -> Iterator[Curve]:
+        """The scores of every query on every stream."""
+        return (curve for stream in self._streams.values() for curve in curves_of(stream.session))
 
     def why(self, stream: str, query: Query) -> list[dict[str, Any]]:
         """What a query scores on a stream, or on each, and why nothing is told.
@@ -194,8 +224,8 @@ class Service:
             InputError, SourceError: it cannot be followed, and nothing has changed.
         """
         # What may fail comes first, and what takes long without the lock, which clients wait for.
-        queries = self._queries(config)
-        webhooks = self._webhooks(config, queries)
+        queries = queries_of(config, self.interest)
+        webhooks = webhooks_of(config, self.interest, queries, self.log)
         with self._changing:
             found, old = changes(self.config, config), self.config
             gone = self._gone(config, found)
@@ -208,7 +238,7 @@ class Service:
             for name in gone:
                 self.remove_stream(name)
             self.interest.most = sys.maxsize  # those of the config always run; clients get what is left
-            held, self._held = self._held, self._hold(queries)
+            held, self._held = self._held, hold(self.interest, queries)
             for pattern, query_id in held:
                 self.interest.release(pattern, query_id)
             self.interest.most = config.limits.queries
@@ -256,6 +286,9 @@ class Service:
             self._leave()
             for stream in self._streams.values():
                 stream.session.drain()
+        if self.recorder:
+            self.recorder.close()
+            self._tell_clips(self.recorder)
 
     def _leave(self) -> None:
         while self._leaving:
@@ -263,19 +296,39 @@ class Service:
             stream.feed.close(0)  # its thread may hang in a network: it ends by itself
             stream.session.drain()
             stream.session.status("removed")
+            if stream.track and self.recorder:
+                self.recorder.forget(stream.session.stream, stream.track)
+
+    def _tell(self, track: Track | None, event: Event) -> None:
+        self._sockets.tell(event)
+        if track:
+            track.tell(event)
+
+    def _tell_clips(self, recorder: Recorder) -> None:
+        """Those that became whole; their streams may have gone meanwhile."""
+        for closed, clip in recorder.finished():
+            self._sockets.tell(ready(closed, clip, self._sequencer))
 
     def _turn(self) -> None:
         self._leave()
         asked = self.interest.asked()
         frames: list[tuple[Session, Frame]] = []
+        looks: list[tuple[Track, Frame]] = []
         for stream in self._streams.values():
             self._settle(stream, asked)
             while (item := stream.feed.take()) is not None:
                 if isinstance(item, Frame):
                     frames.append((stream.session, item))
+                    if stream.track:
+                        looks.append((stream.track, item))
                     break
                 self._news(stream.session, item)
-        push_all(frames)
+        if push_all(frames):
+            self._sockets.scored()
+        for track, frame in looks:
+            track.look(frame)
+        if self.recorder:
+            self._tell_clips(self.recorder)
         until_ns = time.monotonic_ns() + SLICE_NS
         waiting = [each for each in self._streams.values() if each.pending or each.backfill]
         for stream in sorted(waiting, key=lambda each: each.looked_back_ns):
@@ -336,32 +389,8 @@ class Service:
             for query in stream.backfill.queries:
                 self._sockets.running(session.stream, query.id)
             stream.backfill = None
+            self._sockets.scored()
 
     def _check_stream(self, name: str) -> None:
         if name not in self._streams:
             raise InputError(f'there is no stream "{name}": {", ".join(self._streams) or "there are none"}')
-
-    # -- config
-
-    def _queries(self, config: Config) -> list[tuple[str, Query]]:
-        """(stream or ANY, query): they run whether a client wants them or not."""
-        streams = [(ANY, config.queries), *((name, stream.queries) for name, stream in config.streams.items())]
-        return [
-            (stream, self.interest.encode(each.text, each.threshold)) for stream, queries in streams for each in queries
-        ]
-
-    def _hold(self, queries: list[tuple[str, Query]]) -> list[tuple[str, str]]:
-        for stream, query in queries:
-            self.interest.hold(stream, query)
-        return [(stream, query.id) for stream, query in queries]
-
-    def _webhooks(self, config: Config, queries: list[tuple[str, Query]]) -> list[Webhook]:
-        return [self._webhook(each, [query for _, query in queries]) for each in config.webhooks]
-
-    def _webhook(self, config: WebhookConfig, queries: list[Query]) -> Webhook:
-        ids = None
-        if config.queries is not None:
-            ids = {self.interest.encode(text, None).id for text in config.queries}
-            texts = {normalise(text) for text in config.queries}
-            ids |= {query.id for query in queries if normalise(query.text) in texts}  # those with thresholds, too
-        return Webhook(self._log, config.url, secret=config.secret, wanted=wants(config.kinds, config.streams, ids))

@@ -11,7 +11,7 @@ from stream.types import NS, Query
 
 def why(session: Session, query: Query, source: SourceStatus) -> dict[str, Any]:
     """What one stream says to one query at present. Scores are in [0, 1], times in stream seconds."""
-    threshold = session.options.threshold if query.threshold is None else query.threshold
+    threshold = session.threshold(query)
     told: dict[str, Any] = {"stream": session.stream, "state": source.state, "threshold": threshold}
     scores = session.scores(query.id)
     windows, values = scores.values() if scores else (np.zeros(0, np.int64), np.zeros(0, np.float32))
