@@ -27,7 +27,7 @@ from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
 from stream.output import check_folder, check_writable, write
-from stream.page.recorder import Recorder, Recording
+from stream.page.collector import Collector, Recording
 from stream.page.report import Report, Table, render
 from stream.predictions import Predictions, to_jsonl
 from stream.report import progress_bar
@@ -173,23 +173,23 @@ def watch(
             session.add(query)
             watched[query.id] = Watched(truth, np.full(math.ceil(truth.duration * NS / hop_ns - 1e-6), np.nan))
         known = {query.id: truth.windows.tolist() for query, truth in zip(queries, truths, strict=True)}
-        recorder = None if recordings is None else Recorder(session, recorded=True, truth=known)
+        collector = None if recordings is None else Collector(session, recorded=True, truth=known)
         with progress_bar(console, video) as progress:
             for step in play(video, session):
                 if step is not None:
                     _note(step, watched, hop_ns)
                     predictions.add(step)
-                    if recorder:
-                        recorder.add(step)
+                    if collector:
+                        collector.add(step)
                     progress.update(progress.task_ids[0], completed=step.time_ns / NS)
         if reason := next((e.status["reason"] for e in told if e.status and "reason" in e.status), None):
             raise InputError(f"{path}: {reason}")
         last = session.drain()
         _note(last, watched, hop_ns)
         predictions.add(last)
-        if recorder and recordings is not None:
-            recorder.add(last)
-            recordings.append(recorder.recording(truths[0].duration))
+        if collector and recordings is not None:
+            collector.add(last)
+            recordings.append(collector.recording(truths[0].duration))
     finally:
         video.close()
     return list(watched.values()), predictions.rows([truth.qid for truth in truths])

@@ -15,8 +15,8 @@ from kernels.bundle import EMBEDDED
 from livemoments import main
 from stream.config.lines import KeyPath, line_of, value_lines
 from stream.config.schema import (
-    ClipsConfig,
     Changes,
+    ClipsConfig,
     Config,
     ConfigError,
     CurveConfig,

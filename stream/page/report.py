@@ -16,8 +16,8 @@ from string import Template
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.page.collector import Lane, Recording, Spans, Told
 from stream.page.histogram import histogram
-from stream.page.recorder import Lane, Recording, Spans, Told
 from stream.report import clock, percentiles
 from stream.timings import Timings
 from stream.types import NS
@@ -133,7 +133,7 @@ def _stream(number: int, recording: Recording, alone: bool) -> str:
     lanes = "".join(
         f'<article class="lane" data-lane="{at}"><header><h3>{escape(lane.text)}</h3>'
         f"<p>{_summary(lane)}</p></header>"
-        '<div class="plot"><canvas></canvas><div class="scrub"></div><div class="strip" aria-hidden="true"></div></div>'
+        '<div class="plot"><canvas></canvas><div class="scrub"><i class="at" hidden></i></div><div class="strip" aria-hidden="true"></div></div>'
         "</article>"
         for at, lane in enumerate(recording.lanes)
     )
@@ -148,7 +148,7 @@ def _stream(number: int, recording: Recording, alone: bool) -> str:
     moments.sort(key=lambda each: each[2].start_s)
     knows = any(lane.truth is not None for lane in recording.lanes)
     return (
-        f'<section class="stream" data-stream="{number}">{"" if alone else f"<h2>{escape(recording.name)}</h2>"}'
+        f'<section class="stream" data-stream="{number}"><h2{" class=hidden" if alone else ""}>{escape(recording.name)}</h2>'
         f"{''.join(f'<p class=note>{escape(note)}</p>' for note in notes)}"
         f'<div class="lanes">{lanes}</div>'
         f'<div class="foot"><button type="button" class="whole" hidden>whole stream</button>'
