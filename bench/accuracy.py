@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 
 from bench.environment import environment
 from bench.plots import plot_queries
+from bench.tables import facts, show
 from kernels.bundle import EMBEDDED
 from kernels.engine import Engine
 from kernels.errors import InputError
@@ -27,6 +27,8 @@ from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
 from stream.output import check_folder, check_writable, write
+from stream.page.collector import Collector, Recording
+from stream.page.report import Report, Table, render
 from stream.predictions import Predictions, to_jsonl
 from stream.report import progress_bar
 from stream.run import play
@@ -84,11 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write what was found, in the same jsonl; with --features the frame AP of every query",
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw truth, score and moments of every query")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="write a page of truth, curves, moments with pictures, measures",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.plot:
         check_folder(args.plot)
+    if args.report and (args.features or args.checkpoint):
+        raise InputError("--report shows recordings: leave it or --features out")
     if args.features or args.checkpoint:
         return _run_features(args)
     if not (args.streams and args.videos):
@@ -97,30 +107,30 @@ def run(args: argparse.Namespace) -> int:
     if not any(len(truth.windows) for truth in truths):
         raise InputError(f"{args.streams}: no query in it ever comes true, so there is nothing to score")
     hop_ns, options = hop_from_seconds(args.hop), MomentOptions(threshold=args.threshold)
-    if args.out:
-        check_writable(args.out)
+    for path in filter(None, (args.out, args.report)):
+        check_writable(path)
     engine, console = Engine(args.engine, zero_shot=args.zero_shot), Console(stderr=True, highlight=False)
     videos = {vid: _find(args.videos, vid) for vid in dict.fromkeys(truth.vid for truth in truths)}
     watched: list[Watched] = []
     rows: list[dict[str, Any]] = []
+    recordings: list[Recording] | None = [] if args.report else None
     for vid, group in groupby(truths, key=lambda truth: truth.vid):
-        found, predictions = watch(engine, videos[vid], list(group), hop_ns, options, console)
+        found, predictions = watch(engine, videos[vid], list(group), hop_ns, options, console, recordings)
         watched += found
         rows += predictions
     if args.out:
         write(args.out, to_jsonl(rows))
     result = score(watched, rows, hop_ns / NS, options.threshold)
-    _print(Console(highlight=False), watched, result, hop_ns / NS)
+    tables = _tables(watched, result, hop_ns / NS)
+    show(Console(highlight=False), tables)
     if args.plot:
         plot_queries(watched, hop_ns / NS, options.threshold, args.plot)
-    print(
-        json.dumps(
-            result
-            | {"engine": engine.manifest.model, "zero_shot": engine.head is None, "hop_s": hop_ns / NS}
-            | environment(),
-            allow_nan=False,
-        )
-    )
+    made = {"engine": engine.manifest.model, "zero_shot": engine.head is None, "hop_s": hop_ns / NS} | environment()
+    print(json.dumps(result | made, allow_nan=False))
+    if recordings is not None:
+        title, (by_query, measures) = f"accuracy on {args.streams.name}", tables
+        page = Report(title, facts(made), recordings, summary=[measures], tables=[by_query])
+        write(args.report, render(page))
     return 0
 
 
@@ -135,9 +145,17 @@ def _run_features(args: argparse.Namespace) -> int:
 
 
 def watch(
-    engine: Engine, path: Path, truths: Sequence[Truth], hop_ns: int, options: MomentOptions, console: Console
+    engine: Engine,
+    path: Path,
+    truths: Sequence[Truth],
+    hop_ns: int,
+    options: MomentOptions,
+    console: Console,
+    recordings: list[Recording] | None = None,
 ) -> tuple[list[Watched], list[dict[str, Any]]]:
     """Replay one video for its queries as fast as it goes: what each said, and the predictions in the field's jsonl.
+
+    recordings: where what a report shows of it is put.
 
     Raises:
         InputError: two queries are the same, or the video breaks off: half a video would be half a score.
@@ -154,17 +172,24 @@ def watch(
         for query, truth in zip(queries, truths, strict=True):
             session.add(query)
             watched[query.id] = Watched(truth, np.full(math.ceil(truth.duration * NS / hop_ns - 1e-6), np.nan))
+        known = {query.id: truth.windows.tolist() for query, truth in zip(queries, truths, strict=True)}
+        collector = None if recordings is None else Collector(session, recorded=True, truth=known)
         with progress_bar(console, video) as progress:
             for step in play(video, session):
                 if step is not None:
                     _note(step, watched, hop_ns)
                     predictions.add(step)
+                    if collector:
+                        collector.add(step)
                     progress.update(progress.task_ids[0], completed=step.time_ns / NS)
         if reason := next((e.status["reason"] for e in told if e.status and "reason" in e.status), None):
             raise InputError(f"{path}: {reason}")
         last = session.drain()
         _note(last, watched, hop_ns)
         predictions.add(last)
+        if collector and recordings is not None:
+            collector.add(last)
+            recordings.append(collector.recording(truths[0].duration))
     finally:
         video.close()
     return list(watched.values()), predictions.rows([truth.qid for truth in truths])
@@ -228,27 +253,28 @@ def _mean_known(values: Sequence[float] | NDArray[np.float64]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _print(console: Console, watched: Sequence[Watched], result: dict[str, float | int | None], hop_s: float) -> None:
-    queries = Table(title="by query", title_justify="left")
-    for column in ("stream", "query", "prior", "frame AP", "F1", "true", "opened"):
-        queries.add_column(column, justify="left" if column in ("stream", "query") else "right")
+def _tables(watched: Sequence[Watched], result: dict[str, float | int | None], hop_s: float) -> list[Table]:
+    rows = []
     for w in watched:
         truth, scores = w.hops(hop_s)
         threshold = result["threshold"]
         assert threshold is not None
-        queries.add_row(
-            w.truth.vid,
-            w.truth.query,
-            f"{truth.mean():.2f}",
-            f"{average_precision(truth, scores):.2f}",
-            f"{frame_f1([truth], [scores], threshold).micro:.2f}",
-            str(len(w.truth.windows)),
-            str(len(w.opened)),
+        rows.append(
+            [
+                w.truth.vid,
+                w.truth.query,
+                f"{truth.mean():.2f}",
+                f"{average_precision(truth, scores):.2f}",
+                f"{frame_f1([truth], [scores], threshold).micro:.2f}",
+                str(len(w.truth.windows)),
+                str(len(w.opened)),
+            ]
         )
-    console.print(queries)
-    table = Table(title="all queries", title_justify="left")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    for name, value in result.items():
-        table.add_row(name, "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value))
-    console.print(table)
+    measures = [
+        [name, "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)]
+        for name, value in result.items()
+    ]
+    return [
+        Table("by query", ("stream ", "query ", "prior", "frame AP", "F1", "true", "opened"), rows),
+        Table("all queries", ("measure ", "value"), measures),
+    ]

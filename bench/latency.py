@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from bench.camera import serve, street_scene
 from bench.environment import environment
 from bench.plots import plot_latency
 from bench.service import EVERY_WINDOW, FPS, SIZE, WARM_UP_S, Listener, Served, Setup, setup_of, texts
 from bench.service import add_arguments as add_service_arguments
+from bench.tables import facts, show
 from kernels.engine import Engine
 from kernels.errors import InputError
 from stream.config.schema import Limits
@@ -35,7 +35,8 @@ from stream.history import History
 from stream.ingest import open_source
 from stream.moments import MomentOptions
 from stream.one_stream import OneStream
-from stream.output import check_writable
+from stream.output import check_writable, write
+from stream.page.report import Latency, Report, Table, render
 from stream.report import percentiles
 from stream.session import Session
 from stream.sources import parse_source
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_service_arguments(parser)
     parser.add_argument("--seconds", type=int, default=120, metavar="S", help="of stream to measure (default 120)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the latencies as a histogram")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write a page: histogram, stages, ratios")
     parser.add_argument(
         "--compare-queries", action="store_true", help="instead: windows with 10 and with 100 queries on a recording"
     )
@@ -65,22 +67,29 @@ def run(args: argparse.Namespace) -> int:
     setup = setup_of(args)
     if args.seconds < 5:
         raise InputError(f"--seconds must be at least 5, got {args.seconds}")
-    if args.plot and args.compare_queries:
-        raise InputError("--plot draws the latencies of a live stream: leave it or --compare-queries out")
-    if args.plot:
-        check_writable(args.plot)
+    for name in ("plot", "report"):
+        if getattr(args, name) and args.compare_queries:
+            raise InputError(f"--{name} draws the latencies of a live stream: leave it or --compare-queries out")
+        if getattr(args, name):
+            check_writable(getattr(args, name))
     progress, console = Console(stderr=True, highlight=False), Console(highlight=False)
     if args.compare_queries:
         result = compare(setup, args.seconds, progress)
-        _print_comparison(console, result)
+        show(console, [_comparison(result)])
         print(json.dumps(result | setup.describe() | {"queries": list(COMPARED)} | environment()))
         return 0
     durations, late = measure(setup, args.seconds, progress)
     result = summarise(durations, late)
-    _print(console, result)
+    tables = _tables(result)
+    show(console, tables)
+    event_ms, client_ms = durations["total"] / 1e6, late[:, 1] / 1e6
     if args.plot:
-        plot_latency(durations["total"] / 1e6, late[:, 1] / 1e6, args.plot)
+        plot_latency(event_ms, client_ms, args.plot)
     print(json.dumps(result | setup.describe() | environment()))
+    if args.report:
+        latency = Latency("glass to event, glass to client", {"glass to event": event_ms, "glass to client": client_ms})
+        made = facts(setup.describe() | environment())
+        write(args.report, render(Report("latency of a live stream", made, latencies=[latency], tables=tables)))
     return 0
 
 
@@ -175,29 +184,26 @@ def compare(setup: Setup, seconds: int, console: Console) -> dict[str, Any]:
     return result
 
 
-def _print(console: Console, result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['windows']} windows, {result['events']} events", title_justify="left")
-    for column in ("", "p50", "p95", "p99"):
-        table.add_column(column, justify="right" if column else "left")
-    for name in ("glass_to_event", "event_to_stored", "glass_to_client"):
-        table.add_row(name.replace("_", " "), *(f"{result[f'{name}_{p}_ms']:.1f} ms" for p in ("p50", "p95", "p99")))
-    console.print(table)
-    stages = Table(title="stages", title_justify="left")
-    for column in ("stage", "share of the mean", "image engine = 1"):
-        stages.add_column(column, justify="left" if column == "stage" else "right")
-    for name, share in result["share"].items():
-        stages.add_row(name, f"{share:.1%}", f"{result['ratio_to_image_engine'][name]:.2f}")
-    stages.add_section()
-    stages.add_row(f"rest: {', '.join(REST)}", "", f"{result['rest']:.2f}")
-    stages.add_row("rest without wait", "", f"{result['rest_without_wait']:.2f}")
-    console.print(stages)
+def _tables(result: dict[str, Any]) -> list[Table]:
+    names = ("glass_to_event", "event_to_stored", "glass_to_client")
+    late = [
+        [name.replace("_", " "), *(f"{result[f'{name}_{p}_ms']:.1f} ms" for p in ("p50", "p95", "p99"))]
+        for name in names
+    ]
+    ratios = result["ratio_to_image_engine"]
+    stages = [[name, f"{share:.1%}", f"{ratios[name]:.2f}"] for name, share in result["share"].items()]
+    stages.append([f"rest: {', '.join(REST)}", "", f"{result['rest']:.2f}"])
+    stages.append(["rest without wait", "", f"{result['rest_without_wait']:.2f}"])
+    return [
+        Table(f"{result['windows']} windows, {result['events']} events", (" ", "p50", "p95", "p99"), late),
+        Table("stages", ("stage ", "share of the mean", "image engine = 1"), stages),
+    ]
 
 
-def _print_comparison(console: Console, result: dict[str, Any]) -> None:
-    table = Table(title=f"medians of {result['windows']} windows", title_justify="left")
-    for column in ("", *(f"{count} queries" for count in COMPARED), "ratio"):
-        table.add_column(column, justify="right" if column else "left")
+def _comparison(result: dict[str, Any]) -> Table:
+    rows = []
     for name, title in (("rest", "all but the image engine"), ("window", "whole window, decoder left out")):
         times = (f"{result[f'{name}_{count}_queries_ms']:.2f} ms" for count in COMPARED)
-        table.add_row(title, *times, f"{result[f'{name}_ratio']:.2f}")
-    console.print(table)
+        rows.append([title, *times, f"{result[f'{name}_ratio']:.2f}"])
+    columns = (" ", *(f"{count} queries" for count in COMPARED), "ratio")
+    return Table(f"medians of {result['windows']} windows", columns, rows)

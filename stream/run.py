@@ -15,7 +15,7 @@ from stream.ingest import VideoSource, open_source
 from stream.moments import MomentOptions
 from stream.one_stream import OneStream
 from stream.output import check_writable, write
-from stream.page.recorder import Recorder
+from stream.page.collector import Collector
 from stream.page.report import Report, render, stages
 from stream.predictions import Predictions, to_jsonl
 from stream.report import Terminal, clock, print_event, print_summary, progress_bar
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         for query in queries:
             session.add(query)
         predictions = Predictions(video.name, queries) if args.out else None
-        recorder = Recorder(session, recorded=not video.live) if args.report else None
+        collector = Collector(session, recorded=not video.live) if args.report else None
         started_ns, stream_ns, exit_code = time.monotonic_ns(), 0, 0
         problem: LivemomentsError | None = None
         with progress_bar(console, video) as progress:
@@ -138,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
                         progress.update(progress.task_ids[0], completed=stream_ns / NS)
                         if predictions:
                             predictions.add(step)
-                        if recorder:
-                            recorder.add(step)
+                        if collector:
+                            collector.add(step)
             except KeyboardInterrupt:
                 exit_code = 130
             except SourceError as error:
@@ -150,10 +150,10 @@ def run(args: argparse.Namespace) -> int:
         if predictions:
             predictions.add(last)
             write(out, to_jsonl(predictions.rows(range(1, len(queries) + 1))))
-        if recorder:
-            recorder.add(last)
+        if collector:
+            collector.add(last)
             try:
-                write(args.report, render(_report(engine, video, session, recorder, stream_ns, wall_ns)))
+                write(args.report, render(_report(engine, video, session, collector, stream_ns, wall_ns)))
             except InputError as error:
                 problem = problem or error
     if problem:
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(
-    engine: Engine, video: VideoSource, session: Session, recorder: Recorder, stream_ns: int, wall_ns: int
+    engine: Engine, video: VideoSource, session: Session, collector: Collector, stream_ns: int, wall_ns: int
 ) -> Report:
     facts = {
         "stream": f"{clock(stream_ns)}, {'live' if video.live else 'recorded'}",
@@ -176,4 +176,4 @@ def _report(
         facts["reconnected"] = f"{video.reconnects} times"
     latencies, tables = stages(session.timings, live=video.live)
     length_s = (video.duration_ns or 0) / NS
-    return Report(video.name, facts, [recorder.recording(length_s)], latencies, tables)
+    return Report(video.name, facts, [collector.recording(length_s)], latencies=latencies, tables=tables)

@@ -19,6 +19,7 @@ from models.graphs import Graph as Exported
 from models.r2_types import R2Config
 from tests.media import truncate, write_video
 from tests.test_clip import TINY, publish
+from tests.test_report import Parsed
 from tests.tv import make_tvstream
 from trainer.metrics import Prediction, read_jsonl
 from trainer.render import FPS, Kind, Segment, render
@@ -61,9 +62,9 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accuracy_scores_what_was_published(
     recordings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, plots = tmp_path / "found.jsonl", tmp_path / "plots"
+    out, plots, page = tmp_path / "found.jsonl", tmp_path / "plots", tmp_path / "report.html"
     words = ["--streams", str(recordings / "truth.jsonl"), "--videos", str(recordings), "--out", str(out)]
-    assert main(["bench", "accuracy", *words, "--plot", str(plots)]) == 0
+    assert main(["bench", "accuracy", *words, "--plot", str(plots), "--report", str(page)]) == 0
     shown = capsys.readouterr().out.splitlines()
     result = json.loads(shown[-1])
     assert set(REQUIRED.split()) <= result.keys()
@@ -79,6 +80,12 @@ def test_accuracy_scores_what_was_published(
     assert found.qid == 7 and np.abs(found.windows[0, :2] - [4, 12]).max() < 2
     assert silent.qid == 9 and len(silent.windows) == 0
     assert (plots / "phone.png").stat().st_size > 5000
+    report = Parsed(page.read_text("utf-8"))
+    assert [query["truth"] for query in report.data["streams"][0]["queries"]] == [[[4, 12]], []]
+    start, end, _ = found.windows[0]
+    assert [report.data["streams"][0]["queries"][0]["moments"][0][name] for name in ("start", "end")] == [start, end]
+    assert len(report.pictures) == 1
+    assert {"frame_ap", f"{result['frame_ap']:.3f}"} <= set(report.texts["td"])
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,10 @@ def test_a_video_that_breaks_off_is_not_half_scored(
         (["accuracy", "--out", "/nowhere/x.jsonl"], "cannot write /nowhere/x.jsonl"),
         (["accuracy", "--plot", "/dev/null/plots"], "cannot make the folder /dev/null/plots"),
         (["latency", "--plot", "/nowhere/x.png"], "cannot write /nowhere/x.png"),
+        (["accuracy", "--report", "/nowhere/x.html"], "cannot write /nowhere/x.html"),
+        (["accuracy", "--report", "x.html", "--features", "x", "--checkpoint", "y"], "--report shows recordings"),
+        (["latency", "--report", "/nowhere/x.html"], "cannot write /nowhere/x.html"),
+        (["latency", "--compare-queries", "--report", "x.html"], "leave it or --compare-queries out"),
         (["latency", "--seconds", "1"], "at least 5"),
         (["latency", "--queries", "0"], "--queries must be from 1 to 1000"),
         (["latency", "--hop", "0.5"], "trained at a hop of 1 s"),
@@ -145,8 +156,9 @@ def test_what_cannot_be_done_is_said_before_the_work(
 
 
 def test_latency_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plot = tmp_path / "latency.png"
-    assert main(["bench", "latency", "--seconds", "6", "--queries", "9", "--plot", str(plot)]) == 0
+    plot, page = tmp_path / "latency.png", tmp_path / "latency.html"
+    words = ["--seconds", "6", "--queries", "9", "--plot", str(plot), "--report", str(page)]
+    assert main(["bench", "latency", *words]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["windows"] >= 5 and result["events"] >= 9 * 5 and result["queries"] == 9
     assert 0 < result["glass_to_event_p50_ms"] <= result["glass_to_event_p95_ms"]
@@ -159,6 +171,11 @@ def test_latency_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert result["rest"] == pytest.approx(sum(ratios.values()) - 1 - ratios["decode"], abs=0.01)
     assert result["rest_without_wait"] == pytest.approx(result["rest"] - ratios["wait"], abs=0.01)
     assert plot.stat().st_size > 5000
+    report = Parsed(page.read_text("utf-8"))
+    assert {f"{result['glass_to_event_p95_ms']:.1f} ms", f"{ratios['head']:.2f}", "rest without wait"} <= set(
+        report.texts["td"]
+    )
+    assert report.tags.count("svg") == 1 and "1280x720" in report.texts["dd"]
 
 
 def test_a_window_with_more_queries_takes_longer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from stream.report import percentiles
 
 _BINS = 48
-_WIDE, _HIGH, _FOOT, _TOP = 760, 170, 22, 16  # of the picture, its axis, and above the bars
+_WIDE, _HIGH, _FOOT, _TOP = 760, 170, 22, 26  # of the picture, its axis, and above the bars
 _NS = 1e6  # in a ms
 
 
@@ -32,8 +32,9 @@ def histogram(title: str, series: Mapping[str, NDArray[np.float64]]) -> str:
         parts.append(f'<path class="bars bars{number}" d="{bars}"/>')
         for label, value in (("p50", p50), ("p95", p95)):
             x = min(value / most, 1) * _WIDE
-            line = f'<path class="mark bars{number}" d="M{x:.1f} {_TOP}V{base}"/>'
-            parts.append(f'{line}<text class="marked" x="{x + 3:.1f}" y="{11 + 12 * number}">{label}</text>')
+            line = f'<path class="line bars{number}" d="M{x:.1f} {_TOP}V{base}"/>'
+            side = f'x="{x + 3:.1f}"' if x < _WIDE - 30 else f'x="{x - 3:.1f}" text-anchor="end"'
+            parts.append(f'{line}<text class="bars{number}" {side} y="{11 + 12 * number}">{label}</text>')
     for tick in np.linspace(0, most, 5):
         x = tick / most * _WIDE
         anchor = "start" if tick == 0 else "end" if tick == most else "middle"

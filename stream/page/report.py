@@ -16,8 +16,8 @@ from string import Template
 import numpy as np
 from numpy.typing import NDArray
 
+from stream.page.collector import Lane, Recording, Spans, Told
 from stream.page.histogram import histogram
-from stream.page.recorder import Lane, Recording, Spans, Told
 from stream.report import clock, percentiles
 from stream.timings import Timings
 from stream.types import NS
@@ -48,6 +48,7 @@ class Report:
     title: str
     facts: Mapping[str, str] = field(default_factory=dict)
     recordings: Sequence[Recording] = ()
+    summary: Sequence[Table] = ()  # stands above the recordings
     latencies: Sequence[Latency] = ()
     tables: Sequence[Table] = ()
 
@@ -56,7 +57,9 @@ def render(report: Report) -> str:
     """The page. Valid UTF-8, whatever the texts hold."""
     data = {"streams": [_data(recording) for recording in report.recordings]}
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in report.facts.items())
-    body = [_stream(number, recording) for number, recording in enumerate(report.recordings)]
+    alone = [recording.name for recording in report.recordings] == [report.title]  # which says it already
+    body = [_table(table) for table in report.summary]
+    body += [_stream(number, recording, alone) for number, recording in enumerate(report.recordings)]
     body += [f"<section>{histogram(each.title, each.series)}</section>" for each in report.latencies if _any(each)]
     body += [_table(table) for table in report.tables]
     page = Template((STATIC / "report.html").read_text("utf-8")).substitute(
@@ -125,12 +128,12 @@ def _moment(told: Told) -> dict[str, object]:
     }
 
 
-def _stream(number: int, recording: Recording) -> str:
+def _stream(number: int, recording: Recording, alone: bool) -> str:
     """A place for each lane, filled by the script, and the moments, which are there without it."""
     lanes = "".join(
         f'<article class="lane" data-lane="{at}"><header><h3>{escape(lane.text)}</h3>'
         f"<p>{_summary(lane)}</p></header>"
-        '<div class="plot"><canvas></canvas><div class="scrub"></div><div class="strip" aria-hidden="true"></div></div>'
+        '<div class="plot"><canvas></canvas><div class="scrub"><i class="at" hidden></i></div><div class="strip" aria-hidden="true"></div></div>'
         "</article>"
         for at, lane in enumerate(recording.lanes)
     )
@@ -145,7 +148,7 @@ def _stream(number: int, recording: Recording) -> str:
     moments.sort(key=lambda each: each[2].start_s)
     knows = any(lane.truth is not None for lane in recording.lanes)
     return (
-        f'<section class="stream" data-stream="{number}"><h2>{escape(recording.name)}</h2>'
+        f'<section class="stream" data-stream="{number}"><h2{" class=hidden" if alone else ""}>{escape(recording.name)}</h2>'
         f"{''.join(f'<p class=note>{escape(note)}</p>' for note in notes)}"
         f'<div class="lanes">{lanes}</div>'
         f'<div class="foot"><button type="button" class="whole" hidden>whole stream</button>'

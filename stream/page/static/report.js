@@ -1,7 +1,7 @@
 
 // -- the report: draws the lanes of its streams out of #data. Stands behind curve.js, in one script.
 {
-  const STRIP = 96, SPARE = 4; // CSS pixels: a picture below a lane, and between two of them
+  const STRIP = 80, SPARE = 4; // CSS pixels: a picture below a lane, and between two of them
   const LEAST_S = 4; // that can be looked at closer
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const peek = document.getElementById("peek");
@@ -33,6 +33,7 @@
       };
       lane.canvas = lane.node.querySelector("canvas");
       lane.scrub = lane.node.querySelector(".scrub");
+      lane.at = lane.node.querySelector(".at");
       lane.strip = lane.node.querySelector(".strip");
       return lane;
     });
@@ -90,9 +91,9 @@
   }
 
   function drawOne(stream, lane) {
-    const { times, scores, moments, truth, threshold } = lane, { from, to, hop, cursor } = stream;
+    const { times, scores, moments, truth, threshold } = lane, { from, to, hop } = stream;
     const theme = colour(isDark(), lane.number);
-    drawLane(lane.canvas, { times, scores, moments, truth, threshold, from, to, hop, cursor, theme });
+    drawLane(lane.canvas, { times, scores, moments, truth, threshold, from, to, hop, theme });
     const view = `${from} ${to} ${lane.strip.clientWidth}`;
     if (lane.view !== view) fill(stream, lane);
     lane.view = view;
@@ -122,6 +123,7 @@
 
   function look(stream, from, to) {
     Object.assign(stream, { from: Math.max(stream.begin, from), to: Math.min(stream.end, to) });
+    for (const lane of stream.lanes) lane.at.hidden = true;
     change(stream);
   }
 
@@ -180,8 +182,13 @@
   /** Marks a time in all lanes of a stream, and says beside one of them what is there; undefined: no more. */
   function point(stream, lane, time) {
     stream.cursor = time;
+    const share = (time - stream.from) / (stream.to - stream.from), width = lane.scrub.clientWidth;
+    // A line above each canvas: to draw the curves again would take too long.
+    for (const each of stream.lanes) {
+      each.at.hidden = time === undefined;
+      each.at.style.transform = `translateX(${share * width}px)`;
+    }
     peek.hidden = time === undefined;
-    change(stream);
     if (time === undefined) return;
     const score = scoreNear(lane.times, lane.scores, time, stream.hop);
     const moment = lane.moments.find((each) => each.start <= time && time <= each.end);
@@ -194,7 +201,7 @@
     if (moment?.picture) image.src = moment.picture;
     else image.removeAttribute("src");
     const box = lane.scrub.getBoundingClientRect();
-    const at = box.left + ((time - stream.from) / (stream.to - stream.from)) * box.width;
+    const at = box.left + share * box.width;
     const left = at + 14 + peek.offsetWidth > innerWidth ? at - 14 - peek.offsetWidth : at + 14;
     const top = box.bottom + 6 + peek.offsetHeight > innerHeight ? box.top - 6 - peek.offsetHeight : box.bottom + 6;
     Object.assign(peek.style, { left: `${Math.max(4, left)}px`, top: `${Math.max(4, top)}px` });

@@ -3,14 +3,12 @@
 All of it is bounded: a run may last for months. Pictures come from the frames that are looked at anyway.
 """
 
-import io
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from PIL import Image
-
+from stream.clips.pictures import WIDTH, encode
 from stream.session import Session, Step
 from stream.types import NS, Event, Frame, Kind, Saliency, Window
 
@@ -22,8 +20,6 @@ MOMENTS = 4096
 """The newest of a stream that are kept."""
 PICTURES = 300
 """Of a stream. The moments with the highest scores have theirs."""
-WIDTH = 320
-_QUALITY = 70
 _FRAMES = 6  # the newest, as they came: a window lasts for two hops or so
 _CLIMB = 4  # pictures of the highest scores since the last moment, of one query
 
@@ -77,7 +73,7 @@ class _Lane:
     highlights: list[tuple[float, float]] = field(default_factory=list)  # of the moment that is open
 
 
-class Recorder:
+class Collector:
     """Collects one session's steps. truth: query id -> true windows in s."""
 
     def __init__(self, session: Session, *, recorded: bool, truth: Mapping[str, Spans] | None = None) -> None:
@@ -189,8 +185,4 @@ class Recorder:
         nearest = min(self._frames, key=lambda frame: abs(frame.pts_ns - at_ns))
         if abs(nearest.pts_ns - at_ns) > 2 * NS:
             return None
-        image = Image.fromarray(nearest.pixels)
-        image.thumbnail((WIDTH, 4 * WIDTH))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=_QUALITY)
-        return file.getvalue()
+        return encode(nearest, WIDTH)
