@@ -57,10 +57,15 @@ class Track:
         """A frame that has been looked at, once all that it led to is told. Never blocks."""
         self._recorder.look(self, frame)
 
+    @property
+    def being_written(self) -> int:
+        """Clips that are not whole yet."""
+        return sum(cut.clip is None for cut in list(self.cuts.values()))
+
     def describe(self) -> dict[str, Any]:
         """How its clips are."""
         told: dict[str, Any] = {
-            "open": sum(cut.clip is None for cut in list(self.cuts.values())),
+            "open": self.being_written,
             "written": self.written,
             "failed": self.failed,
             "bytes": self.nbytes,
