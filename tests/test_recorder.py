@@ -21,6 +21,7 @@ from bench.camera import free_port
 from stream.clips import recorder as recording
 from stream.clips.recorder import RAW, Recorder, Track
 from stream.clips.ring import FORMAT
+from stream.clips.shelf import Shelf
 from stream.config.schema import ClipsConfig
 from stream.ingest import VideoSource, open_source
 from stream.sources import parse_source
@@ -318,6 +319,24 @@ def test_a_disk_that_is_full_costs_clips_and_nothing_else(
         assert first.nbytes
         failed = desk.track.describe()["failed"]
     assert failed and [record.levelname for record in caplog.records] == ["ERROR", "WARNING"], caplog.text
+
+
+def test_a_disk_that_fills_up_while_a_clip_is_written(
+    videos: Callable[[str], Path], disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else was quicker than the look at what is free."""
+    with opened(disk / "clips") as desk:
+        watch(desk.track, videos("h264")).close()
+        filler = fill(disk)
+        with monkeypatch.context() as patch:
+            patch.setattr(Shelf, "make_room", lambda *_: True)
+            for number in range(3):
+                desk.moment(f"m{number}", 5 + number, 9 + number)
+            until(lambda: desk.track.describe()["failed"] == 3, 20)
+        filler.unlink()
+        desk.moment("again", 5, 6)
+        assert desk.clips(1)["again"].missing is None
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"], caplog.text
 
 
 def test_a_folder_that_goes_away_costs_clips_and_nothing_else(
