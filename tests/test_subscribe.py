@@ -43,7 +43,7 @@ class Detector(Program):
         wait_for(lambda: self.wanted("door") | self.wanted("yard") >= set(texts), WAIT_S)
 
     def await_clients(self, count: int = 1) -> None:
-        wait_for(lambda: sum(bool(peer.wants) for peer in self.server._board.peers) == count, WAIT_S)
+        wait_for(lambda: sum(bool(peer.wants) for peer in self.server.board.peers) == count, WAIT_S)
 
 
 @pytest.fixture
