@@ -53,7 +53,7 @@ class Session:
         """
         self.stream = stream
         self.timings = Timings()
-        self.looked_at = 0  # frames
+        self.looked_at = self.breaks = 0  # frames; how many of them came after an interruption, or a jump of the clock
         self.events = Counter[Kind]()  # told since the beginning
         self.events_of: dict[str, Counter[Kind]] = {}  # of each query, since it is watched for
         self.history = history
@@ -253,6 +253,7 @@ def push_all(frames: Sequence[tuple[Session, Frame]]) -> list[Step]:
     work = []
     for session, frame in frames:
         session.looked_at += 1
+        session.breaks += frame.discontinuity
         session._pushed_ns = time.monotonic_ns()
         work.append((session, Step(frame.pts_ns, [], []), deque(session._windower.push(frame))))
     if work:

@@ -13,6 +13,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, Self
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from stream.deliver.websocket import Client
 
@@ -119,6 +123,31 @@ class Service:
     def streams(self) -> dict[str, dict[str, Any]]:
         """How each stream is, by name."""
         return {stream["stream"]: stream for stream in self.ask("streams")["streams"]}
+
+    def get(self, path: str, token: str = "") -> tuple[int, str]:
+        """Status and text of a page."""
+        request = urllib.request.Request(self.page + path, headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metrics(self, token: str = "") -> dict[str, float]:
+        """What Prometheus would read: `name{label=value,...}`, labels by name, without the prefix -> value."""
+        status, text = self.get("/metrics", token)
+        assert status == 200, text
+        return {
+            sample.name.removeprefix("livemoments_") + (f"{{{labels}}}" if labels else ""): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            for labels in [",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))]
+        }
+
+    def until_metric(self, name: str, true: Callable[[float], bool]) -> None:
+        """Until a metric is as it should be."""
+        until(lambda: true(self.metrics().get(name, float("nan"))))
 
     def why(self, stream: str, query: str = BALL) -> dict[str, Any]:
         found: dict[str, Any] = self.ask("why", query=query, stream=stream)["streams"][0]

@@ -52,6 +52,7 @@ def test_a_token_lets_in_who_has_it() -> None:
             with pytest.raises(websockets.exceptions.InvalidStatus, match="401"), connect(program.url + path):
                 pass
         wait_for(lambda: program.server.clients == 0)
+        assert program.server.board.tally.connections == {"token": 11}
 
 
 def test_binding_elsewhere_needs_a_token() -> None:
@@ -96,6 +97,7 @@ def test_web_pages_from_elsewhere_are_kept_out(program: Program) -> None:
             connect(program.url, origin=websockets.Origin(origin)),
         ):
             pass
+    assert program.server.board.tally.connections == {"origin": 3}
     with connect(program.url, origin=websockets.Origin("http://localhost:3000")) as page:
         page.send('{"op":"list"}')
         assert json.loads(page.recv(WAIT_S))["op"] == "list"

@@ -215,6 +215,8 @@ def test_limits_count_clients_of_both_and_an_oversized_message_is_the_last(tmp_p
         with pytest.raises(websockets.ConnectionClosedError, match="1009"):
             link.recv(WAIT_S)
         wait_for(lambda: program.server.clients == 1)
+        tally = program.server.board.tally
+        assert (tally.connections, tally.messages["too_large"]) == ({"clients": 1}, 1)
 
 
 def replace_limits(**changed: int) -> Limits:

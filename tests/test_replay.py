@@ -126,6 +126,7 @@ def test_since_a_number_that_the_log_holds_no_more_says_how_much_is_lost() -> No
             ask(client, op="subscribe", query=DOG.text, since=7)
             notice = next_message(client)
             assert notice["type"] == LOST_TYPE and notice["data"]["lost"] == first - 8
+            assert program.server.board.tally.lost == first - 8
             assert numbers_until(client, 2000) == list(range(first, 2001))
 
 

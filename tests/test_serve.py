@@ -195,6 +195,10 @@ def test_streams_come_and_go_by_name_and_no_id_comes_twice(tmp_path: Path, video
         assert "2 subscriptions are the most for one client" in ask("subscribe", query="a cow")["message"]
         assert "3 queries run already" in service.ask("subscribe", query="a cow")["message"]
         assert ask("why", query="a cow", stream="x")["streams"][0]["reason"].startswith("this query does not run")
+        metrics = service.metrics()
+        assert metrics["refused_messages_total{reason=limit}"] == 3
+        assert metrics["refused_messages_total{reason=request}"] == 6 + 6 + 2
+        assert "stream_up{stream=x}" in metrics and metrics["stream_up{stream=late}"] == 0
         # What clients have added counts when the config changes; a query of the config may take the place of another.
         service.write(config({"late": late, "file": str(video), "p": "test:"}, (MAN,), limits=limits))
         until(lambda: "there would be 4 streams, and 3 are the most" in service.errors)

@@ -75,6 +75,13 @@ def test_a_camera_that_dies_again_and_again_disturbs_nobody(kills: int, tmp_path
                     time.sleep(11)  # healthy again: the next retry comes soon
             service.until_state("cam", "reconnecting")
             until(lambda: not service.is_open("cam"))
+        metrics = service.metrics()
+        assert (metrics["stream_up{stream=cam}"], metrics["stream_up{stream=well}"]) == (0, 1)
+        assert metrics["stream_reconnects_total{stream=cam}"] == kills - 1
+        assert metrics["stream_breaks_total{stream=cam}"] == kills - 1
+        assert metrics["stream_lag_seconds{stream=well}"] < 3 * HOP_S < metrics["stream_lag_seconds{stream=cam}"] + 3
+        status, said = service.get("/readyz")  # the others are served
+        assert status == 200 and json.loads(said)["reasons"][0].startswith("stream cam: reconnecting")
         after, passed_s = service.streams()["well"], time.monotonic() - begin_s
         assert after["looked_at"] - before["looked_at"] == pytest.approx(passed_s / HOP_S, abs=2)
         assert (after["dropped"], after["reconnects"]) == (0, 0)
@@ -102,10 +109,12 @@ def test_a_camera_that_stalls_is_noticed_and_opened_again(tmp_path: Path) -> Non
             server.send_signal(signal.SIGSTOP)
             before, begin_s = service.streams()["well"], time.monotonic()
             service.until_state("cam", "reconnecting", 15)
+            assert service.metrics()["stream_up{stream=cam}"] == 0
             assert "no picture for 10 s" in service.why("cam")["reason"]
             after, passed_s = service.streams()["well"], time.monotonic() - begin_s
             assert after["looked_at"] - before["looked_at"] == pytest.approx(passed_s / HOP_S, abs=2)
             server.send_signal(signal.SIGCONT)
+        service.until_metric("stream_reconnects_total{stream=cam}", lambda found: found >= 3)
         service.stop()
     goes_on(check(tmp_path / "events.db", seen), "well")
 
@@ -144,6 +153,12 @@ def test_clocks_that_jump_and_rates_of_all_kinds(tmp_path: Path) -> None:
         assert looked_at["fast"] == pytest.approx(passed_s / HOP_S, abs=2)
         assert looked_at["jumps"] == pytest.approx(decoded["jumps"] / 30 / HOP_S, abs=4)
         assert all(stream["dropped"] == 0 for stream in after.values())
+        metrics = service.metrics()
+        assert (
+            metrics["stream_breaks_total{stream=jumps}"] >= 3 and metrics["stream_reconnects_total{stream=jumps}"] == 0
+        )
+        assert metrics["stream_breaks_total{stream=fast}"] == metrics["stream_breaks_total{stream=slow}"] == 0
+        assert metrics["stream_frames_looked_at_total{stream=fast}"] == pytest.approx(after["fast"]["looked_at"], abs=2)
         service.stop()
     events = check(tmp_path / "events.db", seen)
     for name in ("slow", "fast"):
@@ -190,9 +205,15 @@ def test_a_full_disk_keeps_events_waiting(disk: Path, tmp_path: Path) -> None:
             time.sleep(1)
             assert service.ask("streams")["lognumber"] == stuck
             assert service.why("a")["score"] > 0.03
+        metrics = service.metrics()
+        assert metrics["storing_problem"] == 1 and metrics["events_waiting"] > 0
+        assert service.get("/readyz")[0] == 503 and service.get("/healthz")[0] == 200
         assert service.ask("subscribe", query="a ball")["op"] == "subscribed"
         filler.unlink()
         until(lambda: service.ask("streams")["lognumber"] > stuck + 10)
+        service.until_metric("events_waiting", lambda found: found == 0)
+        assert service.metrics()["storing_problem"] == service.metrics()["events_lost_total"] == 0
+        assert service.get("/readyz")[0] == 200
         assert service.errors.count("events wait") == 1, service.errors
         service.stop()
     assert "events are stored again, 0 were lost" in service.errors
@@ -239,8 +260,9 @@ def test_a_disk_that_is_full_for_long_costs_the_oldest_events_and_nothing_else(d
         told = [json.loads(client.receive(10) or b"{}") for _ in range(20)]
         assert {message["stream"] for message in told if message.get("op") == "caught_up"} == {"a", "b"}
         assert of([message for message in told if "op" not in message][-1:], "updated")
+        (lost,) = re.findall(r"stored again, (\d+) were lost", service.errors)
+        assert service.metrics()["events_lost_total"] == int(lost)
         service.stop()
-    (lost,) = re.findall(r"stored again, (\d+) were lost", service.errors)
     assert int(lost) > 1000
     assert memory_mb[-1] - memory_mb[-3] < 10
     ids = [(event["source"], event["id"]) for event in map(json.loads, stored(log))]
@@ -264,6 +286,7 @@ def test_a_killed_service_goes_on_where_it_was(kills: int, tmp_path: Path) -> No
             service = Service(tmp_path, text)
             for moment in open_now:
                 assert f"closed what was open when this was killed: {moment}" in service.errors
+            assert service.metrics()["recovered_moments"] == len(open_now)
         until(lambda: service.is_open("a"))
         until(lambda: len(messages(seen)) >= service.ask("streams")["lognumber"])
         service.stop()
@@ -280,13 +303,19 @@ def still_open(log: Path) -> set[str]:
     return opened - closed
 
 
+def webhook_of(metrics: dict[str, float], port: int) -> str:
+    """The labels of the webhook that sends to a port."""
+    (found,) = (name for name in metrics if name.startswith("webhook_waiting") and f":{port}" in name)
+    return found.removeprefix("webhook_waiting")
+
+
 def test_receivers_that_are_slow_or_silent_delay_nobody(tmp_path: Path) -> None:
     """And get what they missed once they are well, after a restart."""
-    slow_port, silent_port, seen = free_port(), free_port(), tmp_path / "seen"
+    slow_port, silent_port, absent_port, seen = free_port(), free_port(), free_port(), tmp_path / "seen"
     slow, silent = tmp_path / "slow", tmp_path / "silent"
     hooks = [
         f'[[webhook]]\nurl = "http://127.0.0.1:{port}/"\nkinds = ["moment.opened", "moment.updated", "moment.closed"]'
-        for port in (slow_port, silent_port)
+        for port in (slow_port, silent_port, absent_port)
     ]
     text = config({"a": "test:ball", "b": "test:snow"}, ("a ball", "noise"), more="\n".join(hooks))
     with (
@@ -296,6 +325,12 @@ def test_receivers_that_are_slow_or_silent_delay_nobody(tmp_path: Path) -> None:
         follower(service, seen),
     ):
         until(lambda: len(messages(seen)) > 25)
+        metrics = service.metrics()
+        of_port = {port: webhook_of(metrics, port) for port in (slow_port, silent_port, absent_port)}
+        assert 0 < metrics[f"webhook_delivered_total{of_port[slow_port]}"] < 10
+        assert metrics[f"webhook_delivered_total{of_port[silent_port]}"] == 0
+        assert metrics[f"webhook_waiting{of_port[silent_port]}"] > 20
+        assert metrics[f"webhook_failures_total{of_port[absent_port]}"] >= 1
         service.stop()
     events = check(tmp_path / "events.db", seen)
     assert len(messages(slow)) < 10 and not messages(silent)

@@ -187,6 +187,7 @@ def test_clients_are_limited() -> None:
         with Client(program.url, WAIT_S) as first, Client(program.url, WAIT_S) as second:
             with Client(program.url, WAIT_S) as third, pytest.raises(ConnectionError, match=r"1013.*2 clients"):
                 third.receive(WAIT_S)
+            assert program.server.board.tally.connections == {"clients": 1}
             for client in (first, second):
                 assert ask(client, op="list")["op"] == "list"
         wait_for(lambda: program.server.clients == 0)
@@ -200,6 +201,8 @@ def test_messages_of_a_client_are_limited() -> None:
         answers = [ask(client, op="list") for _ in range(12)]
         assert [answer["op"] for answer in answers[:9]] == ["list"] * 9  # a burst of five seconds' worth
         assert answers[-1] == {"op": "error", "message": "more than 2 messages a second: slow down"}
+        refused = sum(answer["op"] == "error" for answer in answers)
+        assert program.server.board.tally.messages == {"rate": refused}
         with Client(program.url, WAIT_S) as other:
             assert ask(other, op="list")["op"] == "list"  # each has its own rate
         program.tell(event(1))
@@ -252,6 +255,8 @@ def test_bad_messages_get_one_clear_line_and_the_connection_survives(program: Pr
             answer = json.loads(client.recv(WAIT_S))
             assert answer["op"] == "error" and why in answer["message"], (message[:40], answer)
             assert "\n" not in answer["message"] and len(answer["message"]) < 200
+        tally = program.server.board.tally.messages
+        assert tally == {"malformed": 12, "request": len(BAD_MESSAGES) - 12}
         client.send('{"op":"list"}')
         assert json.loads(client.recv(WAIT_S)) == {"op": "list", "subscriptions": []}
         assert other.receive(0) is None
@@ -266,6 +271,7 @@ def test_a_message_too_large_ends_only_its_own_connection(program: Program) -> N
         client.send("x" * (most + 1))
         with pytest.raises(websockets.exceptions.ConnectionClosedError, match="1009"):
             client.recv(WAIT_S)
+        wait_for(lambda: program.server.board.tally.messages["too_large"] == 1)
         program.tell(event(1))
         assert next_event(other)["data"]["seq"] == 1
 
@@ -317,6 +323,7 @@ def test_a_client_that_stops_reading_learns_what_the_log_holds_no_more() -> None
                 expected += 1
                 got += 1
         assert got + lost == total and lost > total / 2
+        assert program.server.board.tally.lost == lost
         program.tell(event(total + 1))
         assert json.loads(stalled.recv(WAIT_S))["data"]["seq"] == total + 1
         stalled.close()

@@ -304,7 +304,7 @@ def test_what_fails_is_tried_again_later_and_later_and_the_rest_waits(server: Se
     assert [post.number for post in posts] == [1, 2, 2, 2, 3]
     assert 0.8 <= posts[2].at_s - posts[1].at_s < 1.6
     assert 1.6 <= posts[3].at_s - posts[2].at_s < 4.0
-    assert (state.refused, state.failures, state.last_error, state.lag) == (0, 0, None, 0)
+    assert (state.refused, state.failures, state.failed, state.last_error, state.lag) == (0, 0, 2, None, 0)
     assert len({post.headers["webhook-id"] for post in posts[1:4]}) == 1
     assert posts[1].headers["webhook-timestamp"] < posts[3].headers["webhook-timestamp"]  # of the attempt
 

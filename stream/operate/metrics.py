@@ -148,6 +148,7 @@ def _streams(streams: "dict[str, Stream]") -> Iterator[Metric]:
     looked_at = _counter("stream_frames_looked_at", "Frames that the engine has seen.", STREAM)
     dropped = _counter("stream_frames_dropped", "Frames that were chosen and came too late for their turn.", STREAM)
     reconnects = _counter("stream_reconnects", "How often the source had to be opened again.", STREAM)
+    breaks = _counter("stream_breaks", "How often frames came after an interruption, or a jump of the clock.", STREAM)
     windows = _counter("stream_windows", "Windows that were judged.", STREAM)
     lag = _gauge("stream_lag_seconds", "Since the capture of the newest frame that was judged; live only.", STREAM)
     stages = SummaryMetricFamily(f"{PREFIX}stage_seconds", "What a window takes.", labels=(*STREAM, "stage"))
@@ -160,6 +161,7 @@ def _streams(streams: "dict[str, Stream]") -> Iterator[Metric]:
         looked_at.add_metric((name,), session.looked_at)
         dropped.add_metric((name,), feed.dropped)
         reconnects.add_metric((name,), feed.reconnects)
+        breaks.add_metric((name,), session.breaks)
         windows.add_metric((name,), session.timings.image.count)
         if not session.recorded and (captured_ns := session.captured_ns) is not None:
             lag.add_metric((name,), (now_ns - captured_ns) / NS)
@@ -169,7 +171,7 @@ def _streams(streams: "dict[str, Stream]") -> Iterator[Metric]:
         queries.add_metric((name,), len(session.queries))
         for kind in (Kind.OPENED, Kind.UPDATED, Kind.CLOSED, Kind.HIGHLIGHT, Kind.STATUS):
             events.add_metric((name, kind), session.events[kind])
-    yield from (up, decoded, looked_at, dropped, reconnects, windows, lag, stages, queries, events)
+    yield from (up, decoded, looked_at, dropped, reconnects, breaks, windows, lag, stages, queries, events)
 
 
 def _queries(streams: "dict[str, Stream]") -> Iterator[Metric]:
