@@ -23,6 +23,8 @@ APT := python3-dev python3-venv gcc g++ pkg-config libcairo2-dev libgirepository
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
 
+# The page is tested in a browser.
+test: APT += chromium
 # Two processes share two cores: threads beside them would only wait for each other.
 test: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -141,7 +141,7 @@ def show(console: Console, stack: ExitStack) -> tuple[dict[str, Found], str]:
         f"queries = {json.dumps(QUERIES)}\n[server]\nws_port = {ws}\npage_port = {page}\nzmq_port = false\n"
         f'[clips]\nfolder = "clips"\n[streams.{STREAM}]\nsource = "{serve(stack, video, loop=False)}"\n'
     )
-    console.print(f"{config.read_text()}\n$ livemoments serve {config.name}", style="bold")
+    console.print(f"{config.read_text()}\n$ livemoments serve {config.name}", style="bold", markup=False)
     watcher = start(stack, "livemoments", "serve", str(config))
     subscribe = ["subscribe", f"ws://127.0.0.1:{ws}", *(part for text in found for part in ("-q", text))]
     wait_for_port(ws, watcher)

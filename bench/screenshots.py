@@ -51,7 +51,7 @@ def watched() -> Iterator[str]:
     """A service that watches the scenes; the address of its page."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lines = [f'[log]\npath = "{folder / "events.db"}"']
+        lines = [f'[log]\npath = "{folder / "events.db"}"\n[clips]\nfolder = "{folder / "clips"}"']
         port = free_port()
         lines.append(f"[server]\nws_port = 0\nzmq_port = false\npage_port = {port}")
         for (name, scene), query in zip(SCENES.items(), (MAN, CARS, RABBIT), strict=True):
@@ -92,10 +92,10 @@ def take(url: str, out: Path, seconds: float) -> None:
                 page.locator(".lane", has_text=BICYCLE).first.wait_for()
                 page.wait_for_timeout(4500)
                 if name == "desktop" and scheme == "dark":
-                    scrub = page.locator(".lane .scrub").first
-                    box = scrub.bounding_box()
-                    assert box is not None
-                    scrub.hover(position={"x": 0.8 * box["width"], "y": 20})
+                    lane = page.locator(".lane").first
+                    bands = json.loads(lane.locator("canvas").get_attribute("data-bands") or "[]")
+                    band = [band for band in bands if not band["open"]][-1]
+                    lane.locator(".scrub").hover(position={"x": (band["left"] + band["right"]) / 2, "y": 20})
                     page.wait_for_timeout(800)
                 page.screenshot(path=out / f"{name}{'' if scheme == 'dark' else '-light'}.png")
                 page.close()

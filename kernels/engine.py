@@ -4,6 +4,7 @@ What runs the graphs is a runtime (kernels/onnx_runtime.py, kernels/gpu_runtime.
 imported then.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class Engine:
         self._text = self._runtime.graph("text")
         shape = None if zero_shot else self.manifest.head
         self.head: Head | None = None
+        self.batches = Counter[int]()  # calls of the image tower so far, by how many frames each had
         if shape:
             video, query, step = (self._runtime.graph(name) for name in ("video", "query", "head"))
             self.head = Head(shape, video, query, step, self._runtime.rows)
@@ -84,6 +86,7 @@ class Engine:
 
     def embed_frames(self, frames: Sequence[Pixels]) -> Images:
         """frames: (H, W, 3) uint8 RGB each, of any sizes."""
+        self.batches[len(frames)] += 1
         found = self._runtime.see(frames)
         return Images(found["pooled"], found.get("layers") if self.head else None)
 

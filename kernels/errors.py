@@ -4,6 +4,7 @@ LivemomentsError        root: one clear line for the user, exit code 2
   SourceError           a video source cannot be read, has no video, or died for good
   BundleError           an engine bundle is missing, damaged or does not fit
   InputError            a value the user gave is wrong: query, threshold, hop, file, address
+    LimitError          it is right, and one more than there may be
   LogError              events cannot be stored, or read back: the disk is full, or fails
 """
 
@@ -22,6 +23,10 @@ class BundleError(LivemomentsError):
 
 class InputError(LivemomentsError):
     """A value given by the user is out of its range or malformed."""
+
+
+class LimitError(InputError):
+    """There are as many as there may be: streams, queries, subscriptions."""
 
 
 class LogError(LivemomentsError):

@@ -83,6 +83,11 @@ class Scores:
         self._score[slot], self._window[slot] = saliency.score, saliency.window
         self._count += 1
 
+    @property
+    def newest(self) -> float | None:
+        """None before the first."""
+        return float(self._score[(self._count - 1) % len(self._score)]) if self._count else None
+
     def values(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Windows (n,), oldest first, and their scores (n,)."""
         return self.since(0)[:2]

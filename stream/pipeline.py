@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from kernels.errors import SourceError
+from stream.clips.keys import Keys
 from stream.clips.ring import Unit
 from stream.sources import NO_VIDEO, Source, SourceKind, explain, one_line
 from stream.types import NS, Pixels
@@ -269,7 +270,8 @@ class _Tap:
     def __init__(self, decoder: Any, see: "Callable[[_Tap, Unit, bool], None]") -> None:
         self.caps = ""
         self._decoder, self._see = decoder, see
-        self._first, self._segment = True, Gst.Segment.new()
+        self._first, self._segment, self._keys = True, Gst.Segment.new(), Keys()
+        self._next_pts = Gst.CLOCK_TIME_NONE  # of a unit that has none
         self._pad = decoder.get_static_pad("sink")
         self._probes = (
             []
@@ -303,11 +305,15 @@ class _Tap:
 
     def _see_buffer(self, _pad: Any, info: Any) -> Any:
         buffer = info.get_buffer()
-        if buffer.pts != Gst.CLOCK_TIME_NONE and self._segment.format == Gst.Format.TIME:
+        pts, step = buffer.pts, buffer.duration
+        if pts == Gst.CLOCK_TIME_NONE:  # the decoder counts on, too
+            pts = self._next_pts
+        self._next_pts = pts + step if Gst.CLOCK_TIME_NONE not in (pts, step) else Gst.CLOCK_TIME_NONE
+        if pts != Gst.CLOCK_TIME_NONE and self._segment.format == Gst.Format.TIME:
             # In full: what lies before the segment is decoded, too.
-            sign, running_ns = self._segment.to_running_time_full(Gst.Format.TIME, buffer.pts)
-            key = not buffer.has_flags(Gst.BufferFlags.DELTA_UNIT)
+            sign, running_ns = self._segment.to_running_time_full(Gst.Format.TIME, pts)
             data = buffer.extract_dup(0, buffer.get_size())
+            key = self._keys.is_key(data, self.caps, delta=buffer.has_flags(Gst.BufferFlags.DELTA_UNIT))
             first, self._first = self._first, False
             self._see(self, Unit(data, sign * running_ns, key, time.monotonic_ns()), first)
         return Gst.PadProbeReturn.OK

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,9 +53,12 @@ class Session:
         """
         self.stream = stream
         self.timings = Timings()
+        self.looked_at = 0  # frames
+        self.events = Counter[Kind]()  # told since the beginning
+        self.events_of: dict[str, Counter[Kind]] = {}  # of each query, since it is watched for
         self.history = history
         self._engine, self.options, self.hop_ns = engine, options, hop_ns
-        self._recorded, self._tell = recorded, tell
+        self.recorded, self._tell = recorded, tell
         self._windower = Windower(stream, hop_ns)
         self._detector = Detector(engine, stream, hop_ns)
         self._trackers: dict[str, Tracker] = {}
@@ -78,6 +81,11 @@ class Session:
     def epoch_ns(self) -> int | None:
         """UTC at stream time 0, as the newest window has it; None before the first."""
         return self._window.epoch_ns if self._window else None
+
+    @property
+    def captured_ns(self) -> int | None:
+        """UTC capture of the newest frame that has been judged; None before the first."""
+        return self._window.captured_ns if self._window else None
 
     def threshold(self, query: Query) -> float:
         """What its score is held against."""
@@ -124,7 +132,7 @@ class Session:
         if query_id not in self._queries:
             return []
         events = self._seal(query_id, self._trackers[query_id].drain(), self._window)
-        for table in (self._queries, self._trackers, self._scores, self._epochs):
+        for table in (self._queries, self._trackers, self._scores, self._epochs, self.events_of):
             table.pop(query_id, None)
         self._detector.remove(query_id)
         if self.history and self._window:
@@ -171,6 +179,7 @@ class Session:
             emitted_ns=time.time_ns(),
             status={"state": state, **details},
         )
+        self.events[event.kind] += 1
         self._tell(event)
         return event
 
@@ -180,6 +189,7 @@ class Session:
 
     def _admit(self, query: Query, tracker: Tracker, scores: Scores) -> None:
         self._queries[query.id], self._trackers[query.id], self._scores[query.id] = query, tracker, scores
+        self.events_of[query.id] = Counter()
 
     def _judge(self, step: Step, features: Features, image_ns: int) -> None:
         """What a window, whose features took so long, says to every query."""
@@ -228,18 +238,21 @@ class Session:
                 latency_ns=None if past else self._latency_ns(window.captured_ns, now_ns),
                 backfill=over,
             )
+            self.events[event.kind] += 1
+            self.events_of[query_id][event.kind] += 1
             self._tell(event)
             events.append(event)
         return events
 
     def _latency_ns(self, captured_ns: int, now_ns: int) -> int:
-        return time.monotonic_ns() - self._pushed_ns if self._recorded else now_ns - captured_ns
+        return time.monotonic_ns() - self._pushed_ns if self.recorded else now_ns - captured_ns
 
 
 def push_all(frames: Sequence[tuple[Session, Frame]]) -> list[Step]:
     """Look at one frame of each of several streams of one engine: all of them in one call of its image tower."""
     work = []
     for session, frame in frames:
+        session.looked_at += 1
         session._pushed_ns = time.monotonic_ns()
         work.append((session, Step(frame.pts_ns, [], []), deque(session._windower.push(frame))))
     if work:
@@ -248,7 +261,7 @@ def push_all(frames: Sequence[tuple[Session, Frame]]) -> list[Step]:
         if step.scores:
             total_ns = session._latency_ns(frame.wall_ns, time.time_ns())
             session.timings.total.append(total_ns)
-            if not session._recorded:
+            if not session.recorded:
                 session.timings.wait.append(session._pushed_ns - frame.arrival_ns)
                 session.timings.decode.append(total_ns - (time.monotonic_ns() - frame.arrival_ns))
     return [step for _, step, _ in work]

@@ -9,18 +9,19 @@ KEPT_TIMINGS = 10_000  # windows whose timings are remembered: enough for a p99,
 
 
 class Durations:
-    """The last KEPT_TIMINGS durations in ns."""
+    """The last KEPT_TIMINGS durations in ns; `count` and `total_ns` are of all there ever were."""
 
     def __init__(self) -> None:
         self._ring = np.full(KEPT_TIMINGS, 0, np.int64)
-        self._count = 0
+        self.count = self.total_ns = 0
 
     def __len__(self) -> int:
-        return min(self._count, KEPT_TIMINGS)
+        return min(self.count, KEPT_TIMINGS)
 
     def append(self, ns: int) -> None:
-        self._ring[self._count % KEPT_TIMINGS] = ns
-        self._count += 1
+        self._ring[self.count % KEPT_TIMINGS] = ns
+        self.count += 1
+        self.total_ns += ns
 
     def values(self) -> NDArray[np.int64]:
         """(n,) in no order."""

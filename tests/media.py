@@ -43,8 +43,12 @@ def write_video(
     frames: int = 45,
     steps_ms: tuple[int, ...] | None = None,
     options: dict[str, str] | None = None,
+    gop: int | None = None,
 ) -> Path:
-    """A video of `frames` pictures at `RATE`, or with the distances of `steps_ms` over and over. 4:4:4 if odd-sized."""
+    """A video of `frames` pictures at `RATE`, or with the distances of `steps_ms` over and over. 4:4:4 if odd-sized.
+
+    gop: pictures from key to key at most; None: as the codec likes.
+    """
     width, height = size
     fast = {
         "libx264": {"preset": "veryfast", "crf": "12"},  # decodes out of order, unlike ultrafast
@@ -56,6 +60,8 @@ def write_video(
         )
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = width, height
+        if gop is not None:
+            stream.gop_size = gop
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000) if steps_ms else Fraction(1, RATE)
         pts = 0

@@ -19,6 +19,7 @@ ADAPTERS = {
     "zmq": {"stream/deliver/zeromq.py"},
     "websockets": {"stream/deliver/websocket.py"},
     "aiohttp": {"stream/page/server.py"},
+    "prometheus_client": {"stream/operate/metrics.py"},
     "opentimelineio": {"stream/export/otio.py"},
     "webvtt": {"stream/export/vtt.py"},
     "playwright": {"bench/browser.py"},

@@ -515,8 +515,8 @@ def test_changes_names_what_a_reload_brings(tmp_path: Path) -> None:
     old = load(base)
     assert changes(old, load(base + "# the same")) == Changes((), (), (), (), ())
     new = load(
-        "queries = ['x']\nengine.hop = 2\nserver.ws_port = 1\nlog.max_mb = 1\nclips.folder = 'c'\nmoments.threshold = 0.4\n"
-        "limits.clients = 1\n[[webhook]]\nurl = 'https://h/'\n"
+        "queries = ['x']\nengine.hop = 2\nserver.ws_port = 1\nlog.max_mb = 1\nclips.folder = 'c'\n"
+        "moments.threshold = 0.4\nlimits.clients = 1\n[[webhook]]\nurl = 'https://h/'\n"
         "[streams]\nc.source = 'test:ball'\nb = {source = 'test:snow', queries = ['y']}"
     )
     assert changes(old, new) == Changes(

@@ -330,5 +330,5 @@ def test_a_client_that_goes_is_followed_no_more() -> None:
     with Curves(scores(1)) as program:
         with Client(program.url) as client:
             ask(client, op="curves")
-            wait_for(lambda: program.server._board.curious)
-        wait_for(lambda: not program.server._board.curious)
+            wait_for(lambda: program.server.board.curious)
+        wait_for(lambda: not program.server.board.curious)

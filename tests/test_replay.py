@@ -206,7 +206,7 @@ def test_what_is_told_while_a_query_joins_is_told_once() -> None:
     with Program(waits=True, history_s=600) as program, Client(program.url, WAIT_S) as client:
         ask(client, op="subscribe", query=DOG.text, stream="door")
         program.tell(*(event(seq) for seq in range(1, 11)))
-        wait_for(lambda: all(peer.position == 10 for peer in program.server._board.peers))
+        wait_for(lambda: all(peer.position == 10 for peer in program.server.board.peers))
         program.server.join("door", DOG.id, 6)
         assert numbers_until(client, 10) == list(range(1, 11))
         assert next_message(client)["lognumber"] == 10  # caught up

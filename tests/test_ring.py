@@ -2,6 +2,7 @@
 
 import pytest
 
+from stream.clips.keys import Keys
 from stream.clips.ring import FORMAT, INTERRUPTED, JUMP, Part, Ring, Unit
 from stream.types import NS
 
@@ -219,3 +220,22 @@ def test_another_format_is_another_part_on_the_same_clock(ring: Ring) -> None:
     camera.first = True
     camera.send(1, running_s=4.1)
     assert ring.run(start.part, start.ordinal, camera.now_ns).over == FORMAT
+
+
+AVC, START_CODES = "video/x-h264, stream-format=(string)avc", "video/x-h264, stream-format=(string)byte-stream"
+
+
+@pytest.mark.parametrize("caps", [AVC, START_CODES])
+def test_of_h264_an_idr_counts_as_long_as_there_are_any(caps: str) -> None:
+    def unit(*types: int) -> bytes:
+        parts = [bytes([0x60 | kind]) + bytes([0xAB] * 300) for kind in types]
+        return b"".join((len(part).to_bytes(4) if caps is AVC else b"\0\0\0\1") + part for part in parts)
+
+    keys = Keys()
+    told = [
+        keys.is_key(unit(*types), caps, delta=delta)
+        for types, delta in (((1,), True), ((9, 1), False), ((7, 8, 6, 5, 5), False), ((9, 1), False), ((5,), False))
+    ]
+    assert told == [False, True, True, False, True]
+    assert keys.is_key(unit(1), "video/x-h265, stream-format=(string)hvc1", delta=False)
+    assert not keys.is_key(b"\0\0\0\x09\x61", AVC, delta=False)  # cut off

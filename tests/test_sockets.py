@@ -347,7 +347,7 @@ def test_180_clients_are_told_at_once_while_20_never_read(program: Program) -> N
                 taken = await asyncio.gather(*map(take, links[:readers]))
             slowest_s = max(slowest_s, time.monotonic() - started)
             assert taken == [list(range(first, first + burst))] * readers
-        behind = sorted(peer.position for peer in program.server._board.peers)
+        behind = sorted(peer.position for peer in program.server.board.peers)
         assert behind[silent - 1] < bursts * burst == behind[silent]
         async with asyncio.timeout(WAIT_S):  # and one of those has not lost anything
             assert [n for _ in range(bursts) for n in await take(links[-1])] == list(range(1, bursts * burst + 1))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from stream.clips.mp4 import Mp4
+from stream.clips.mp4 import Mp4, Mp4Error
 from stream.clips.pictures import Picture, Pictures
 from stream.clips.ring import Ring, Start, Unit
 from stream.clips.shelf import Shelf
@@ -76,6 +76,8 @@ class Cut:
         return None if self.closed is None or end_ns is None else end_ns + int(self._config.after_s * NS)
 
     def _feed(self, now_ns: int, has_room: Callable[[int], bool]) -> None:
+        if self._end_if_due():
+            return
         run = self._ring.run(self._start.part, self._after, now_ns)
         if run.lost:
             self._end(TOO_SLOW)
@@ -85,29 +87,36 @@ class Cut:
             return
         self._after = run.after
         for time_ns, unit in run.units:
-            self._push(unit, time_ns)
-            if self._ended:
+            if self._push(unit, time_ns):
                 return
         if why := run.over or self._gone:
             self._end(why)
 
-    def _push(self, unit: Unit, time_ns: int) -> None:
+    def _push(self, unit: Unit, time_ns: int) -> bool:
+        """Whether the file gets no more."""
         if time_ns < self._start.time_ns:
-            return  # shown before the first key, and made of what lies before that
+            return False  # shown before the first key, and made of what lies before that
         if time_ns - self._start.time_ns > self._config.longest_s * NS:
             self._end(f"it is cut off at {self._config.longest_s:g} s")
-            return
+            return True
         self._mp4.push(unit, time_ns - self._start.time_ns)
         self.nbytes += len(unit.data)
         self._reordered |= time_ns < self._last_ns
         self._last_ns = max(self._last_ns, time_ns)
+        return self._end_if_due()
+
+    def _end_if_due(self) -> bool:
+        """Whether it has all that it is to have, or had to end before."""
         stop_ns = self._stop_ns
-        if stop_ns is not None and time_ns >= stop_ns + _REORDER_NS * self._reordered:
+        if stop_ns is not None and self._last_ns >= stop_ns + _REORDER_NS * self._reordered:
             self._end(None)
+        return self._ended
 
     def _end(self, why: str | None) -> None:
         """why: no more comes, in words; None: it has all that it is to have."""
         self._ended = True
+        if not self.nbytes:
+            raise Mp4Error(why or "nothing of the moment is held")
         if why is not None and (self._stop_ns is None or self._last_ns < self._stop_ns):
             self._short.append(why)
         self._mp4.end()

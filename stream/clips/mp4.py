@@ -65,7 +65,7 @@ class Mp4:
             "! filesink name=sink sync=false async=false"
         )
         self._source = self._bin.get_by_name("source")
-        self._source.set_property("caps", Gst.Caps.from_string(caps))
+        self._source.set_property("caps", Gst.Caps.from_string(_with_colours(caps)))
         self._bin.get_by_name("mux").set_property("faststart-file", str(self._media))
         self._bin.get_by_name("sink").set_property("location", str(self.part))
         self._bus = self._bin.get_bus()
@@ -127,3 +127,11 @@ class Mp4:
 
 def _chain(caps: str) -> str:
     return _CHAINS[re.split(r"[,;]", caps, maxsplit=1)[0]]
+
+
+def _with_colours(caps: str) -> str:
+    """GStreamer 1.22's mp4mux reads two fields of VP9's format, and crashes where they are not given."""
+    if caps.startswith("video/x-vp9"):
+        for field, usual in (("chroma-site", "mpeg2"), ("colorimetry", "bt709")):
+            caps += "" if f"{field}=" in caps else f", {field}=(string){usual}"
+    return caps

@@ -11,7 +11,7 @@ from typing import Any
 from stream.clips.cut import Cut
 from stream.clips.mp4 import Mp4Error, refusal
 from stream.clips.pictures import Pictures
-from stream.clips.ring import Ring
+from stream.clips.ring import INTERRUPTED, Ring
 from stream.clips.shelf import Shelf
 from stream.config.schema import ClipsConfig
 from stream.events import Sequencer
@@ -31,7 +31,10 @@ PICTURES_S = 60.0
 """Pictures are kept for so long at least: the peak of a moment must be among them."""
 INDEX_BYTES = 128 << 10
 """What a file takes beside its video, thumbnail included; a long one has more, as part of its bytes."""
-RAW = "its pictures come raw: there is nothing encoded to cut clips from"
+WAITING_LIMIT = 10_000
+"""Events that wait for a disk that hangs; beyond, they are lost to the clips."""
+RAW = "its pictures come raw, or as single images: there is no encoded video to cut clips from"
+GONE = {"reconnecting": INTERRUPTED, "ended": "the stream ended", "removed": "the stream was removed"}
 ENDED = "the service ended"
 
 
@@ -39,7 +42,7 @@ class Track:
     """One stream of the service, from when it is added until it is removed. The engine's thread tells it."""
 
     def __init__(self, recorder: "Recorder", ring: Ring | None, pictures: Pictures, *, raw: bool) -> None:
-        self.ring, self.pictures = ring, pictures
+        self.ring, self.pictures, self.has_clips = ring, pictures, recorder.shelf is not None
         self.written = self.failed = self.nbytes = 0
         self.cuts: dict[str, Cut] = {}  # by moment
         self.gone: str | None = None  # why no pictures come at present
@@ -54,10 +57,15 @@ class Track:
         """A frame that has been looked at, once all that it led to is told. Never blocks."""
         self._recorder.look(self, frame)
 
+    @property
+    def being_written(self) -> int:
+        """Clips that are not whole yet."""
+        return sum(cut.clip is None for cut in list(self.cuts.values()))
+
     def describe(self) -> dict[str, Any]:
         """How its clips are."""
         told: dict[str, Any] = {
-            "open": sum(cut.clip is None for cut in list(self.cuts.values())),
+            "open": self.being_written,
             "written": self.written,
             "failed": self.failed,
             "bytes": self.nbytes,
@@ -139,7 +147,10 @@ class Recorder:
     def put(self, track: Track, event: Event) -> None:
         if track.ring is not None:
             with self._arrived:
-                self._events.append((track, event))
+                if len(self._events) < WAITING_LIMIT:
+                    self._events.append((track, event))
+                else:
+                    track.failed += 1
                 self._arrived.notify()
 
     def look(self, track: Track, frame: Frame) -> None:
@@ -178,7 +189,7 @@ class Recorder:
         for cut in self._cuts():
             cut.leave(ENDED)
         until_s = time.monotonic() + CLOSE_S
-        while self._cutting and time.monotonic() < until_s:
+        while any(cut.clip is None for cut in self._cuts()) and time.monotonic() < until_s:
             self._step()
             time.sleep(0.01)
         for cut in self._cuts():
@@ -190,8 +201,7 @@ class Recorder:
     def _hear(self, track: Track, event: Event) -> None:
         if event.kind is Kind.STATUS:
             assert event.status is not None
-            state = event.status["state"]
-            track.gone = None if state == "connected" else f"the stream was {state}".replace("was ended", "ended")
+            track.gone = GONE.get(event.status["state"])
             for cut in track.cuts.values():
                 if track.gone:
                     cut.leave(track.gone)

@@ -90,16 +90,23 @@ class Shelf:
     def make_room(self, coming: int) -> bool:
         """Removes the oldest until `coming` bytes more are within the budget, and leave others some of the disk.
 
-        False: they are not, with all removed that helps.
+        False: they never would be, and nothing is removed for them.
+
+        Raises:
+            OSError: the folder has gone.
         """
-        while True:
-            with self._lock:
-                within = sum(self._sizes.values()) + coming <= self._max_bytes
-                if within and self._is_free(coming):
-                    return True
-                if not self._sizes or (within and coming == 0):
-                    return within and coming == 0
-                self._remove(next(iter(self._sizes)))
+        with self._lock:
+            held = sum(self._sizes.values())
+            disk = shutil.disk_usage(self.folder)
+            # What is over, of the budget and of the disk; only what is to come takes of the latter.
+            over = held + coming - self._max_bytes
+            if coming:
+                over = max(over, coming + min(FREE_BYTES, disk.total // 20) - disk.free)
+            if over > held:
+                return False
+            while over > 0:
+                over -= self._remove(next(iter(self._sizes)))
+            return True
 
     def find(self, name: str) -> Path | None:
         """The file of a clip or a thumbnail, by its name alone; None: there is none."""
@@ -109,15 +116,12 @@ class Shelf:
         path = self.folder / name
         return path if path.is_file() and not path.is_symlink() else None
 
-    def _is_free(self, coming: int) -> bool:
-        disk = shutil.disk_usage(self.folder)
-        return disk.free >= coming + min(FREE_BYTES, disk.total // 20)
-
-    def _remove(self, name: str) -> None:
+    def _remove(self, name: str) -> int:
+        """Its bytes."""
         for ending in ("mp4", "jpg"):
             with contextlib.suppress(OSError):  # somebody else's hand: what is left is found at the next start
                 (self.folder / f"{name}.{ending}").unlink()
-        del self._sizes[name]
+        return self._sizes.pop(name)
 
     def _look(self) -> dict[str, int]:
         """The sizes of what is there, the oldest first."""

@@ -22,6 +22,11 @@ RETRY_S = 1.0
 class Gone(Exception):  # noqa: N818 - nothing is wrong: it is how a conversation ends
     """The client has left."""
 
+    def __init__(self, reason: str, *, too_large: bool = False) -> None:
+        """too_large: it was shown the door, for the length of a message."""
+        super().__init__(reason)
+        self.too_large = too_large
+
 
 class Link(Protocol):
     """A connected client. Both raise `Gone` once it has left."""
@@ -46,6 +51,7 @@ async def converse(link: Link, board: Switchboard, events: EventLog) -> None:
             # that it leads to, since nothing is awaited in between.
             await link.send(await board.answer(peer, message))
     except Gone as error:
+        board.tally.messages["too_large"] += error.too_large
         log.debug("a client has gone: %s", error)
     finally:
         writer.cancel()

@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 
 from kernels.engine import Engine
-from kernels.errors import InputError
+from kernels.errors import LimitError
 from stream.detector import make_query
 from stream.types import Query
 
@@ -40,11 +40,11 @@ class Interest:
         """Somebody wants it.
 
         Raises:
-            InputError: there are as many queries as there may be.
+            LimitError: there are as many queries as there may be.
         """
         with self._lock:
             if query.id not in self._queries and len(self._queries) >= self.most:
-                raise InputError(f"{self.most} queries run already: unsubscribe from one first")
+                raise LimitError(f"{self.most} queries run already: unsubscribe from one first")
             self._queries.setdefault(query.id, query)
             self._held[stream, query.id] += 1
             self._asked[stream, query.id] = None

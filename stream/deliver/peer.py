@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,16 +102,26 @@ class Join:
 Key = tuple[str, str, float | None]  # stream, text, threshold
 
 
+@dataclass(eq=False)
+class Tally:
+    """What was refused to clients, by reason, and what they missed, since the server began."""
+
+    messages: Counter[str] = field(default_factory=Counter)
+    connections: Counter[str] = field(default_factory=Counter)
+    lost: int = 0  # events that had left the log when their turn came, and each client was told so
+
+
 class Peer:
     """What the server keeps about one client."""
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: int, tally: Tally | None = None) -> None:
         self.position = position  # up to where it has been sent the log
         self.wants: dict[Key, Want] = {}
         self.joins: list[Join] = []  # in the order in which they are to be told
         # Of (stream, query): whose scores, and how many of them it has been sent; None: it does not follow the curves.
         self.curves: dict[tuple[str, str], tuple[Scores, int]] | None = None
         self.wake = asyncio.Event()  # set when there may be something to send
+        self._tally = tally or Tally()
         self._name, self._notices = uuid.uuid4().hex, 0
         self._tokens, self._filled_s = float("inf"), time.monotonic()
 
@@ -156,6 +167,7 @@ class Peer:
         self.position += lost
         if lost > 0 and self.wants:
             self._notices += 1
+            self._tally.lost += lost
             yield lost_notice(lost, f"{self._name}/{self._notices}")
         for entry in entries:
             if entry.number != self.position + 1:

@@ -13,7 +13,7 @@ from kernels.errors import LogError
 from stream.config.schema import Limits, ServerConfig
 from stream.deliver.entrance import Door
 from stream.deliver.log import Entry, EventLog
-from stream.deliver.switchboard import Program
+from stream.deliver.switchboard import Program, Switchboard
 from stream.deliver.webhook import Webhook
 from stream.deliver.websocket import Server
 from stream.deliver.zeromq import Publisher
@@ -103,6 +103,21 @@ class Sockets:
     @property
     def zmq_address(self) -> str | None:
         return self._publisher.address if self._publisher else None
+
+    @property
+    def waiting(self) -> int:
+        """Events, and what takes its place among them, that are still to be stored."""
+        return len(self._waiting)
+
+    @property
+    def board(self) -> Switchboard:
+        """The clients."""
+        return self._server.board
+
+    @property
+    def alive(self) -> bool:
+        """Both threads run: that which stores, and that which serves clients."""
+        return self._thread.is_alive() and self._server.alive
 
     def __enter__(self) -> Self:
         return self

@@ -32,12 +32,12 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, overload
 
-from kernels.errors import InputError, LivemomentsError
+from kernels.errors import InputError, LimitError, LivemomentsError
 from stream.config.schema import Limits
 from stream.curves import Curve
 from stream.deliver.interest import ANY, Interest
 from stream.deliver.log import EventLog
-from stream.deliver.peer import Join, Key, Peer, Want
+from stream.deliver.peer import Join, Key, Peer, Tally, Want
 from stream.events import to_json
 from stream.types import NS, Query, tidy
 
@@ -80,6 +80,7 @@ class Switchboard:
         self._program, self._log, self._history_s = program, log, history_s
         self._encoding = asyncio.Semaphore(1)  # one at a time: the streams need the processor, too
         self.peers: set[Peer] = set()
+        self.tally = Tally()
         self.curious = False  # somebody follows the curves; any thread may look
 
     @property
@@ -108,7 +109,7 @@ class Switchboard:
         peer.curves = running
 
     def enter(self) -> Peer:
-        peer = Peer(self._log.last)
+        peer = Peer(self._log.last, self.tally)
         self.peers.add(peer)
         return peer
 
@@ -121,12 +122,16 @@ class Switchboard:
 
     async def answer(self, peer: Peer, message: str | bytes) -> bytes:
         """Does what a client asks. Whatever it sent, there is one answer."""
+        reason = "rate"
         try:
             if not peer.may_ask(self.limits.messages_per_second):
                 raise InputError(f"more than {self.limits.messages_per_second:g} messages a second: slow down")
+            reason = "malformed"
             request = _parse(message)
+            reason = "request"
             return to_json({"op": _PAST[request["op"]], **await self._obey(peer, request)})
         except LivemomentsError as error:
+            self.tally.messages["limit" if isinstance(error, LimitError) else reason] += 1
             return to_json({"op": "error", "message": str(error)})
 
     def join(self, stream: str, query_id: str, number: int) -> None:
@@ -188,7 +193,7 @@ class Switchboard:
         query = None if text == ANY else await self._encode(key)
         if key not in peer.wants and len(peer.wants) >= self.limits.queries_per_client:
             most = self.limits.queries_per_client
-            raise InputError(f"{most} subscriptions are the most for one client: unsubscribe first")
+            raise LimitError(f"{most} subscriptions are the most for one client: unsubscribe first")
         last = self._log.last
         if query:
             self._program.interest.hold(stream, query)

@@ -59,6 +59,7 @@ class WebhookState:
     refused: int = 0  # events that the receiver does not want, by its answer
     lost: int = 0  # events that left the log before their turn, wanted or not
     failures: int = 0  # in a row, of the event that is tried
+    failed: int = 0  # attempts in all
     last_error: str | None = None  # of the newest attempt; None if that went well
     lag: int = 0  # entries of the log that are still to be looked at
 
@@ -191,7 +192,7 @@ class Webhook:
             delay_s = max(retry_delay_s(failures), retry_after_s)
             level = logging.WARNING if failures == 1 else logging.DEBUG
             log.log(level, "webhook %s: %s: tried again in %.0f s, until it works", state.name, error, delay_s)
-            self._state = replace(state, failures=failures, last_error=error)
+            self._state = replace(state, failures=failures, failed=state.failed + 1, last_error=error)
             self._closing.wait(delay_s)
         return False
 

@@ -69,7 +69,7 @@ class Server:
         self.port = port
         self._host, self._token, self._log = host, token, log
         self._tls = entrance.tls_context(*tls) if tls else None
-        self._board = Switchboard(program, log, limits, history_s)
+        self.board = Switchboard(program, log, limits, history_s)
         self._doors = doors
         self._links: set[ServerConnection] = set()
         self._stop = asyncio.Event()
@@ -82,13 +82,18 @@ class Server:
         return entrance.url("ws", self._host, self.port, tls=self._tls is not None)
 
     @property
+    def alive(self) -> bool:
+        """Its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def clients(self) -> int:
         """Those of all doors."""
-        return len(self._board.peers)
+        return len(self.board.peers)
 
     def start(self) -> None:
         """Binds and begins to serve; clients can connect when it returns. InputError if it cannot bind."""
-        listener = entrance.listen(self._host, self.port, "WebSocket", self._board.limits.clients)
+        listener = entrance.listen(self._host, self.port, "WebSocket", self.board.limits.clients)
         self.port = listener.getsockname()[1]
         try:
             for door in self._doors:
@@ -109,16 +114,16 @@ class Server:
 
     def scored(self) -> None:
         """There are new scores, for clients that follow the curves. Never blocks; any thread may call."""
-        if self._board.curious:
-            self._call(self._board.wake_curious)
+        if self.board.curious:
+            self._call(self.board.wake_curious)
 
     def join(self, stream: str, query_id: str, number: int) -> None:
         """See `Switchboard.join`. Never blocks; any thread may call."""
-        self._call(self._board.join, stream, query_id, number)
+        self._call(self.board.join, stream, query_id, number)
 
     def limit(self, limits: Limits) -> None:
         """Other limits from now on, but for the length of messages."""
-        self._board.limits = limits
+        self.board.limits = limits
 
     def close(self) -> None:
         """Says goodbye (1001) to every client and is back in about a second, even if one does not read."""
@@ -133,7 +138,7 @@ class Server:
                 self._loop.call_soon_threadsafe(function, *arguments)
 
     def _wake(self) -> None:
-        for peer in self._board.peers:
+        for peer in self.board.peers:
             peer.wake.set()
 
     def _run(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
@@ -145,7 +150,7 @@ class Server:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._serve(listener))
             for door in self._doors:
-                group.create_task(door.serve(self._board, self._log, self._stop))
+                group.create_task(door.serve(self.board, self._log, self._stop))
 
     async def _serve(self, listener: socket.socket) -> None:
         async with serve(
@@ -153,13 +158,14 @@ class Server:
             sock=listener,
             ssl=self._tls,
             process_request=self._admit,
+            process_response=self._answered,
             # Without a token any page in a browser could reach loopback: only pages of this machine, and programs.
             origins=entrance.ORIGINS if self._token is None else None,
             compression=None,  # would cost memory per client and time per event, to save bytes on loopback
             ping_interval=None,  # one that is only slow may stay, and TCP tells of those that have gone
             open_timeout=HANDSHAKE_TIMEOUT_S,
             close_timeout=CLOSE_TIMEOUT_S,
-            max_size=self._board.limits.message_bytes,
+            max_size=self.board.limits.message_bytes,
             max_queue=4,
             write_limit=WRITE_LIMIT_BYTES,
         ) as server:
@@ -179,17 +185,23 @@ class Server:
         query = dict(parse_qsl(request.path.partition("?")[2]))
         if entrance.same(entrance.token_of(request.headers.get_all("Authorization"), query), self._token):
             return None
+        self.board.tally.connections["token"] += 1
         return link.respond(HTTPStatus.UNAUTHORIZED, "the token is wrong or missing: Authorization: Bearer TOKEN\n")
+
+    def _answered(self, link: ServerConnection, request: Request, response: Response) -> None:
+        if response.status_code == HTTPStatus.FORBIDDEN:  # the library's answer to a foreign origin
+            self.board.tally.connections["origin"] += 1
 
     async def _talk(self, link: ServerConnection) -> None:
         """One client, from its handshake until it has gone."""
-        if self._board.full:
-            most = self._board.limits.clients
+        if self.board.full:
+            most = self.board.limits.clients
+            self.board.tally.connections["clients"] += 1
             await link.close(CloseCode.TRY_AGAIN_LATER, f"{most} clients are connected, which is the most")
             return
         self._links.add(link)
         try:
-            await converse(_Link(link), self._board, self._log)
+            await converse(_Link(link), self.board, self._log)
         finally:
             self._links.discard(link)
 
@@ -205,7 +217,8 @@ class _Link:
             async for message in self._connection:
                 yield message
         except ConnectionClosed as error:
-            raise Gone(str(error)) from None
+            too_large = error.sent is not None and error.sent.code == CloseCode.MESSAGE_TOO_BIG
+            raise Gone(str(error), too_large=too_large) from None
 
     async def send(self, payload: bytes) -> None:
         try:

@@ -148,12 +148,15 @@ class Page:
         host = request.headers.get("Host", "")
         if self._token is None and not entrance.is_this_machine(host):
             # A page from elsewhere may have its name answered with 127.0.0.1: its requests would count as our own.
+            self._board.tally.connections["host"] += 1
             raise web.HTTPForbidden(text=f"this is for http://{HOST}:{self.port}, not for {host[:80]!r}\n")
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != host:
+            self._board.tally.connections["origin"] += 1
             raise web.HTTPForbidden(text="only its own page may use this\n")
         public = request.path in ("/", "/login", "/healthz", "/readyz") or request.path.startswith("/static/")
         if self._token is not None and not public and not self._knows(request):
+            self._board.tally.connections["token"] += 1
             raise web.HTTPUnauthorized(text="the token is wrong or missing: Authorization: Bearer TOKEN\n")
         try:
             return await handler(request)
@@ -173,6 +176,7 @@ class Page:
         except (ValueError, KeyError, TypeError, web.HTTPRequestEntityTooLarge):
             raise web.HTTPBadRequest(text='send {"token": "..."}\n') from None
         if self._token is not None and not (isinstance(given, str) and entrance.same(given, self._token)):
+            self._board.tally.connections["token"] += 1
             await asyncio.sleep(WRONG_TOKEN_S)
             raise web.HTTPUnauthorized(text="the token is wrong\n")
         response = web.json_response({"ok": True})
@@ -184,6 +188,7 @@ class Page:
 
     async def _talk(self, request: web.Request) -> web.StreamResponse:
         if self._board.full:
+            self._board.tally.connections["clients"] += 1
             raise web.HTTPServiceUnavailable(
                 text=f"{self._board.limits.clients} clients are connected, which is the most\n"
             )
@@ -229,7 +234,9 @@ class Page:
         return _state(*self._program.health())
 
     async def _readiness(self, request: web.Request) -> web.StreamResponse:
-        return _state(*self._program.readiness())
+        ok, reasons = self._program.readiness()
+        # They name streams, which is nothing for who has no token.
+        return _state(ok, reasons if self._token is None or self._knows(request) else [])
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         body, content_type = await asyncio.to_thread(self._program.metrics)
@@ -246,7 +253,8 @@ class _Link:
         async for message in self._socket:
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                 yield message.data
-        raise Gone(f"code {self._socket.close_code}")
+        code = self._socket.close_code
+        raise Gone(f"code {code}", too_large=code == WSCloseCode.MESSAGE_TOO_BIG)
 
     async def send(self, payload: bytes) -> None:
         try:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from stream.config.schema import ServerConfig
 from stream.export.formats import Format, export
+from stream.operate.health import healthy, ready
+from stream.operate.metrics import render
 from stream.page.server import Page
 
 if TYPE_CHECKING:
@@ -34,13 +36,13 @@ class Backstage:
         return export(self._service.log, stream, kind, given, base)
 
     def metrics(self) -> tuple[bytes, str]:
-        return b"", "text/plain"
+        return render(self._service)
 
     def health(self) -> tuple[bool, list[str]]:
-        return True, []
+        return healthy(self._service)
 
     def readiness(self) -> tuple[bool, list[str]]:
-        return True, []
+        return ready(self._service)
 
 
 def page_of(server: ServerConfig, program: Backstage) -> Page | None:

@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,12 @@ from kernels.errors import LivemomentsError
 from stream.config.check import check_engine
 from stream.config.schema import load_config
 from stream.deliver.log import EventLog
+from stream.operate.health import healthy
+from stream.operate.logs import FORMATS, spoken
+from stream.operate.notify import Supervisor
 from stream.service.service import Service
+
+log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how soon a changed config is noticed
 SETTLE_S = 0.2  # a config that stays as it is for so long has been written to its end
@@ -25,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", type=Path, metavar="CONFIG.toml", help="streams, queries, sockets, log, limits, webhooks"
     )
+    parser.add_argument(
+        "--log-format", choices=FORMATS, default="text", help="what is said on stderr: lines, or one JSON object a line"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,23 +41,42 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError, InputError, SourceError, BundleError, LogError: it cannot begin.
     """
+    with spoken(args.log_format, log):
+        try:
+            return _serve(args.config)
+        except LivemomentsError as error:
+            if args.log_format == "text":
+                raise
+            log.critical("%s", error)
+            return 2
+
+
+def _serve(path: Path) -> int:
+    supervisor = Supervisor()
     with _signals() as signals:
-        seen = _stamp(args.config)
-        config = load_config(args.config)
-        check_engine(args.config, config.engine)
+        seen = _stamp(path)
+        config = load_config(path)
+        check_engine(path, config.engine)
         engine = Engine(config.engine.path, zero_shot=config.engine.zero_shot)
         events = EventLog(config.log.path, max_bytes=config.log.max_mb << 20)
         try:
             with Service(engine, config, events) as service:
-                _say(f"{len(config.streams)} streams, {service.ws_url}", service.zmq_address)
+                addresses = [service.ws_url, *([service.zmq_address] if service.zmq_address else [])]
+                log.info("%d streams, %s", len(config.streams), " and ".join(addresses))
                 if service.page_url:
-                    _say(f"the page is at {service.page_url}")
+                    log.info("the page is at %s", service.page_url)
                 for entry in events.recovered:
-                    _say(f"closed what was open when this was killed: {entry.moment_id}")
+                    log.info("closed what was open when this was killed: %s", entry.moment_id)
+                supervisor.ready()
                 while not (came := signals(POLL_S)) & {signal.SIGINT, signal.SIGTERM}:
-                    if signal.SIGHUP in came or _stamp(args.config) not in (seen, None):
-                        seen = _settled(args.config)
-                        _reload(service, args.config)
+                    if healthy(service)[0]:
+                        supervisor.alive()
+                    if signal.SIGHUP in came or _stamp(path) not in (seen, None):
+                        supervisor.reloading()
+                        seen = _settled(path)
+                        _reload(service, path)
+                        supervisor.ready()
+                supervisor.stopping()
         finally:
             events.close()
     return 0
@@ -61,16 +88,11 @@ def _reload(service: Service, path: Path) -> None:
         config = load_config(path)
         waits = service.configure(config)
     except LivemomentsError as error:
-        _say(f"the config is left as it was: {error}")
+        log.info("the config is left as it was: %s", error)
         return
-    _say(f"the config was read again: {len(config.streams)} streams")
+    log.info("the config was read again: %d streams", len(config.streams))
     if waits:
-        _say(f"this waits for a restart: {', '.join(waits)}")
-
-
-def _say(*parts: str | None) -> None:
-    with contextlib.suppress(OSError):  # whoever read it has gone: no reason to end
-        print(" and ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        log.info("this waits for a restart: %s", ", ".join(waits))
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

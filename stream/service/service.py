@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
 from kernels.engine import Engine
-from kernels.errors import InputError
-from stream.backfill import Backfill
+from kernels.errors import InputError, LimitError
 from stream.clips.recorder import Recorder, Track, ready
 from stream.config.schema import Changes, Config, changes
 from stream.curves import Curve, curves_of
@@ -25,9 +24,11 @@ from stream.deliver.log import EventLog
 from stream.deliver.publish import Sockets
 from stream.events import Sequencer
 from stream.history import History
+from stream.operate.health import Pulse
 from stream.pipeline import require_plugins
 from stream.service.backstage import Backstage, page_of
 from stream.service.feed import Feed
+from stream.service.stream import Stream
 from stream.service.why import why
 from stream.service.wishes import hold, queries_of, webhooks_of
 from stream.session import Session, push_all
@@ -45,18 +46,6 @@ FEEDS_S = 2.0
 """How long the end waits for sources to close, all together: one that hangs in a network is left behind."""
 
 
-class Stream:
-    """One stream of the service: its source, its session, and the queries on their way into it."""
-
-    def __init__(self, feed: Feed, session: Session, track: Track | None) -> None:
-        self.feed, self.session, self.track = feed, session, track
-        self.backfill: Backfill | None = None
-        self.pending: dict[str, Query] = {}  # they wait for the backfill before theirs
-        self.version = -1  # of the interest that its rows follow
-        self.looked_back_ns = 0  # when it last had a slice for that
-        self.anew = False  # the options of its moments have changed: all rows begin again
-
-
 class Service:
     """Use it as a context manager. Any thread may call.
 
@@ -68,7 +57,7 @@ class Service:
         require_plugins()  # which starts GStreamer: threads that did so at once would get in each other's way
         self.config = config
         self.interest = Interest(engine, config.limits.queries)
-        self._engine, self.log = engine, events
+        self.engine, self.log, self.pulse = engine, events, Pulse()
         self._hop_ns = config.engine.hop_ns
         self._capacity = int(config.limits.history_s * NS) // self._hop_ns
         self._sequencer = Sequencer()
@@ -80,7 +69,7 @@ class Service:
         self._held = hold(self.interest, queries)
         self.recorder: Recorder | None = None  # of clips, and of the pictures that the page shows
         self._page = page_of(config.server, Backstage(self))
-        self._sockets = Sockets(
+        self.sockets = Sockets(
             self,
             events,
             config.server,
@@ -102,11 +91,16 @@ class Service:
 
     @property
     def ws_url(self) -> str:
-        return self._sockets.ws_url
+        return self.sockets.ws_url
 
     @property
     def zmq_address(self) -> str | None:
-        return self._sockets.zmq_address
+        return self.sockets.zmq_address
+
+    @property
+    def watched(self) -> Mapping[str, Stream]:
+        """The streams as they are now."""
+        return self._streams
 
     @property
     def page_url(self) -> str | None:
@@ -132,7 +126,7 @@ class Service:
             feed.close(0)
         for feed in feeds:
             feed.close(max(0.0, until - time.monotonic()))
-        self._sockets.__exit__()
+        self.sockets.__exit__()
 
     # -- what clients and operators ask
 
@@ -140,7 +134,7 @@ class Service:
         """Watch one more stream. Its source is opened by and by, and again whenever it fails.
 
         Raises:
-            InputError: there is one of that name, or as many as there may be; SourceError: `source` is none.
+            InputError: there is one of that name; LimitError: as many as there may be; SourceError: `source` is none.
         """
         parsed = parse_source(source)
         if not STREAM_NAME.fullmatch(name):
@@ -151,11 +145,11 @@ class Service:
             if name in self._streams:
                 raise InputError(f'there is a stream "{name}" already: remove it first')
             if len(self._streams) >= self.config.limits.streams:
-                raise InputError(f"{self.config.limits.streams} streams are the most: remove one first")
+                raise LimitError(f"{self.config.limits.streams} streams are the most: remove one first")
             history = History(self._capacity) if self._capacity else None
             track = self.recorder.track(name, raw=parsed.kind in RAW) if self.recorder else None
             session = Session(
-                *(self._engine, name, self._hop_ns, self.config.moments),
+                *(self.engine, name, self._hop_ns, self.config.moments),
                 recorded=parsed.kind is SourceKind.FILE,
                 tell=partial(self._tell, track),
                 history=history,
@@ -197,7 +191,7 @@ class Service:
                 "looked_at": stream.feed.taken - stream.feed.dropped,
                 "dropped": stream.feed.dropped,
                 "reconnects": stream.feed.reconnects,
-                **({"clips": stream.track.describe()} if stream.track and self.config.clips.folder else {}),
+                **({"clips": stream.track.describe()} if stream.track and stream.track.has_clips else {}),
             }
             for name, stream in self._streams.items()
         ]
@@ -249,11 +243,11 @@ class Service:
                 for stream in self._streams.values():
                     stream.anew = True
             if "limits" in found.sections:
-                self._sockets.limit(config.limits)
+                self.sockets.limit(config.limits)
         self._work.set()
         failed = []
         if "webhooks" in found.sections or any(each.queries for each in config.webhooks):  # those may be others now
-            failed = self._sockets.follow(webhooks)
+            failed = self.sockets.follow(webhooks)
         fixed = ("history_s", "message_bytes")
         waiting = [name for name in fixed if getattr(old.limits, name) != getattr(config.limits, name)]
         return [*found.restart, *(f"limits.{name}" for name in waiting), *failed]
@@ -279,7 +273,9 @@ class Service:
             self._work.clear()
             try:
                 self._turn()
+                self.pulse.turned()
             except Exception:  # whatever it was, the streams must go on
+                self.pulse.failed += 1
                 log.exception("a turn failed")
                 time.sleep(POLL_S)
         with self._changing:
@@ -300,14 +296,14 @@ class Service:
                 self.recorder.forget(stream.session.stream, stream.track)
 
     def _tell(self, track: Track | None, event: Event) -> None:
-        self._sockets.tell(event)
+        self.sockets.tell(event)
         if track:
             track.tell(event)
 
     def _tell_clips(self, recorder: Recorder) -> None:
         """Those that became whole; their streams may have gone meanwhile."""
         for closed, clip in recorder.finished():
-            self._sockets.tell(ready(closed, clip, self._sequencer))
+            self.sockets.tell(ready(closed, clip, self._sequencer))
 
     def _turn(self) -> None:
         self._leave()
@@ -324,7 +320,7 @@ class Service:
                     break
                 self._news(stream.session, item)
         if push_all(frames):
-            self._sockets.scored()
+            self.sockets.scored()
         for track, frame in looks:
             track.look(frame)
         if self.recorder:
@@ -370,7 +366,7 @@ class Service:
         running = {query.id for query in session.queries} if asked else set()
         for name, query_id in asked:
             if name in (session.stream, ANY) and query_id in running:
-                self._sockets.running(session.stream, query_id)
+                self.sockets.running(session.stream, query_id)
 
     def _look_back(self, stream: Stream, until_ns: int) -> None:
         """Go on with the past of new queries, by one window at least."""
@@ -382,14 +378,14 @@ class Service:
             else:
                 for query in pending.values():
                     session.add(query)
-                    self._sockets.running(session.stream, query.id)
+                    self.sockets.running(session.stream, query.id)
             stream.pending = {}
         if stream.backfill and stream.backfill.advance(until_ns):
             session.adopt(stream.backfill)
             for query in stream.backfill.queries:
-                self._sockets.running(session.stream, query.id)
+                self.sockets.running(session.stream, query.id)
             stream.backfill = None
-            self._sockets.scored()
+            self.sockets.scored()
 
     def _check_stream(self, name: str) -> None:
         if name not in self._streams:

@@ -93,7 +93,8 @@ export class Lane {
         ? `now ${this.scores.at(-1).toFixed(2)}, highest ${this.scores[best].toFixed(2)} at ${clock(this.times[best])}; ` +
           `${moments.length} moment${moments.length === 1 ? "" : "s"}${open ? ", one is open" : ""}.`
         : "none yet.");
-    if (this.group.cursor === undefined) this.showTime();
+    // Who listens at it hears what they ask for, not every second.
+    if (document.activeElement !== this.scrub) this.showTime();
   }
 
   // -- time

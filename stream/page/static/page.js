@@ -25,7 +25,10 @@ const page = {
   },
   isOwn: (query_id) => queries.find(query_id) !== undefined,
   isGone: (query_id) => gone.has(query_id),
-  remove: (query_id) => queries.remove(queries.find(query_id)),
+  remove(query_id) {
+    const own = queries.find(query_id);
+    if (own) queries.remove(own);
+  },
   /** For one's own query in its place; for one of the config it begins one's own beside it. */
   threshold(lane, value) {
     const own = queries.find(lane.id);
@@ -62,6 +65,7 @@ async function opened() {
       moments.clear();
       for (const stream of streams.values()) stream.moments.clear();
     }
+    for (const stream of streams.values()) stream.restart();
     const since = Math.max(0, reached ? reached - OVERLAP : answer.lognumber - PAST);
     report(answer.streams);
     queries.askAll();
@@ -85,7 +89,7 @@ function message(told) {
 function state(now, wait) {
   lamp = now;
   if (now === "token" && !$("login").open) $("login").showModal();
-  $("link").textContent = { lost: `connection lost, next try in ${Math.round(wait / 100) / 10} s`, token: "a token is needed" }[now] ?? now;
+  say({ lost: `connection lost, next try in ${wait / 1000} s`, token: "a token is needed" }[now] ?? now);
   showHealth();
 }
 
@@ -143,9 +147,14 @@ async function ready() {
 function showHealth() {
   const all = [...streams.values()], well = all.filter((each) => each.node.dataset.state === "connected").length;
   if (lamp === "connected") {
-    $("link").textContent = [`connected, ${well} of ${all.length} stream${all.length === 1 ? "" : "s"}`, ...unready].join(" · ");
+    say([`connected, ${well} of ${all.length} stream${all.length === 1 ? "" : "s"}`, ...unready].join(" · "));
   }
   $("health").dataset.state = lamp !== "connected" ? "lost" : unready.length || well < all.length ? "part" : "well";
+}
+
+/** Only what is new is read out. */
+function say(text) {
+  if ($("link").textContent !== text) $("link").textContent = text;
 }
 
 function warn(text) {

@@ -46,11 +46,8 @@ export class Queries {
 
   /** The past of a query has been told on a stream. */
   caughtUp(query_id) {
-    const query = this.find(query_id);
-    if (query?.waits) {
-      query.waits = false;
-      this.show();
-    }
+    for (const query of this.own) if (query.query_id === query_id) query.waits = false;
+    this.show();
   }
 
   /** Whether it worked out. */
@@ -86,7 +83,11 @@ export class Queries {
   }
 
   show() {
+    const chips = this.list.children, at = [...chips].findIndex((chip) => chip.contains(document.activeElement));
     this.list.replaceChildren(...this.own.map((query) => this.chip(query)));
+    if (at < 0) return;
+    // Who works by keys goes on at the next one.
+    (chips[Math.min(at, chips.length - 1)]?.lastElementChild ?? document.getElementById("text")).focus();
   }
 
   chip(query) {

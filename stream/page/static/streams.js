@@ -53,7 +53,9 @@ export class Stream {
 
   /** How the service says that it is. */
   update(report) {
-    const { state, reason, decoded, looked_at, dropped, reconnects, watching, hop_s } = report;
+    const { source, state, reason, decoded, looked_at, dropped, reconnects, watching, hop_s } = report;
+    if (source !== this.source) this.restart(); // another of the same name, which may have another clock
+    this.source = source;
     this.state.dataset.state = this.node.dataset.state = state;
     this.state.textContent = `${SIGNS[state] ?? "▲"} ${state}${reason ? `: ${reason}` : ""}`;
     const now = performance.now();
@@ -68,6 +70,11 @@ export class Stream {
     this.looked = looked_at;
     this.ended = state === "ended";
     this.follow(watching, hop_s);
+  }
+
+  /** Its clock is found anew. */
+  restart() {
+    this.ahead = this.newest = undefined;
   }
 
   /** Lanes for what runs; one that is not there twice in a row has gone. */
@@ -125,11 +132,13 @@ export class Stream {
     // The stream's clock need not be ours; what comes first of a window came with the least delay.
     if (newest !== undefined) {
       const ahead = newest + lane.hop / 2 - Date.now();
-      this.ahead = message.anew ? ahead : Math.max(this.ahead ?? -Infinity, ahead);
-      this.newest = Math.max(this.newest ?? 0, newest + lane.hop / 2);
+      this.ahead = Math.max(this.ahead ?? -Infinity, ahead);
+      if (newest + lane.hop / 2 > (this.newest ?? 0)) {
+        this.newest = newest + lane.hop / 2;
+        if (!message.anew) this.picture.ask(); // once a window, however many queries there are
+      }
     }
     if (message.anew) lane.describe();
-    this.picture.ask();
     this.changed();
   }
 
@@ -151,7 +160,7 @@ export class Stream {
       if (this.latencies.length > LATENCIES) this.latencies.shift();
       const sorted = [...this.latencies].sort((a, b) => a - b);
       const p95 = sorted[Math.ceil(0.95 * sorted.length) - 1];
-      this.latency.textContent = `${data.capture_to_publish_ms.toFixed(0)} / ${p95.toFixed(0)} ms`;
+      this.latency.textContent = pair(data.capture_to_publish_ms, p95);
     }
     for (const [id, { end }] of of) if (end !== null && end < this.now() - WINDOW_MS) of.delete(id);
     this.changed();
@@ -207,6 +216,12 @@ export class Stream {
     this.picture.shown = false;
     this.node.remove();
   }
+}
+
+/** Two durations in ms in one unit, as short as they may be: the second is seldom the smaller one. */
+function pair(one, other) {
+  if (other < 1000) return `${one.toFixed(0)} / ${other.toFixed(0)} ms`;
+  return `${(one / 1000).toFixed(1)} / ${(other / 1000).toFixed(1)} s`;
 }
 
 /** The newest picture: never more than one on its way, none while nobody looks. */
