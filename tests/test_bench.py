@@ -18,8 +18,8 @@ from livemoments import main
 from models.graphs import Graph as Exported
 from models.r2_types import R2Config
 from tests.media import truncate, write_video
+from tests.parsed import Parsed
 from tests.test_clip import TINY, publish
-from tests.test_report import Parsed
 from tests.tv import make_tvstream
 from trainer.metrics import Prediction, read_jsonl
 from trainer.render import FPS, Kind, Segment, render

@@ -1,12 +1,9 @@
 """The page that a run leaves: what it says is what was found, and a browser shows it without a network."""
 
-import base64
 import io
 import json
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,45 +25,11 @@ from stream.page.report import Latency, Report, Table, render
 from stream.session import Session, Step
 from stream.types import NS, Frame, Saliency, Window
 from tests.media import decode
+from tests.parsed import Parsed
 from trainer.render import FPS, Kind, Segment
 from trainer.render import render as film
 
 EVIL = '</script><b>bold</b> & "co" \''
-
-
-class Parsed(HTMLParser):
-    """The parts of a report, as an HTML parser sees them."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.rows: list[dict[str, str | None]] = []
-        self.pictures: dict[str, bytes] = {}  # by moment
-        self.texts: dict[str, list[str]] = {}  # by tag
-        self._json = ""
-        self.feed(text)
-        self.close()
-        self.data: dict[str, Any] = json.loads(self._json)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.tags.append(tag)
-        self._is_data = given.get("type") == "application/json"
-        self.links += [value or "" for name, value in attrs if name in ("src", "href") and tag != "img"]
-        if tag == "tr" and "data-moment" in given:
-            self.rows.append(given)
-        if tag == "img" and (source := given.get("src")):
-            kind, _, encoded = source.partition(",")
-            assert kind == "data:image/jpeg;base64"
-            self.pictures[str(self.rows[-1]["data-moment"])] = base64.b64decode(encoded)
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self._is_data and self.tags[-1] == "script":
-            self._json += data
-            self._is_data = False
-        elif self.tags:
-            self.texts.setdefault(self.tags[-1], []).append(data)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +241,7 @@ def test_everybody_can_read_it(page: Page, folder: Path) -> None:
     page.goto(f"file://{folder / 'report.html'}")
     page.wait_for_selector("html[data-drawn]")
     for scheme in ("dark", "light"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(50)
         assert [each["id"] for each in Axe().run(page).response["violations"]] == []
 

@@ -28,7 +28,7 @@ Spans = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Told:
-    """A closed moment. Times in s since the recording began."""
+    """A closed moment. Times in s of the stream."""
 
     id: str
     start_s: float
@@ -56,7 +56,7 @@ class Recording:
     """One stream as it was seen."""
 
     name: str
-    origin_ns: int | None  # UTC at 0 s, for a live stream; None for a recording
+    origin_ns: int | None  # UTC at 0 s of a live stream; None for a recording
     hop_s: float
     times: Sequence[float]  # s: the middles of the windows
     lanes: Sequence[Lane]
@@ -78,7 +78,7 @@ class Collector:
 
     def __init__(self, session: Session, *, recorded: bool, truth: Mapping[str, Spans] | None = None) -> None:
         self._session, self._recorded, self._truth = session, recorded, truth or {}
-        self._origin_ns: int | None = None
+        self._epoch_ns: int | None = None
         self._times = array("d")
         self._lanes: dict[str, _Lane] = {}
         self._lost: set[str] = set()
@@ -104,7 +104,7 @@ class Collector:
             lanes.append(Lane(lane.text, lane.threshold, lane.scores, moments, self._truth.get(key)))
         hop_s = self._session.hop_ns / NS
         seen_s = self._times[-1] + hop_s / 2 if self._times else 0.0
-        origin_ns = None if self._recorded else self._origin_ns
+        origin_ns = None if self._recorded else self._epoch_ns
         return Recording(
             self._session.stream, origin_ns, hop_s, self._times, lanes, max(length_s, seen_s), len(self._lost)
         )
@@ -122,10 +122,9 @@ class Collector:
 
     def _see(self, window: Window, saliencies: Iterable[Saliency]) -> None:
         self._frames.extend(window.frames)
-        if self._origin_ns is None:
-            self._origin_ns = window.epoch_ns
+        self._epoch_ns = window.epoch_ns  # of a live stream an estimate, and the newest is the best
         centre_ns = (window.start_ns + window.end_ns) // 2
-        self._times.append((window.epoch_ns - self._origin_ns + centre_ns) / NS)
+        self._times.append(centre_ns / NS)
         picture: bytes | None = None
         for saliency in saliencies:
             if (lane := self._lanes.get(saliency.query)) is None:
@@ -151,18 +150,17 @@ class Collector:
 
     def _tell(self, event: Event, lane: _Lane) -> None:
         moment = event.moment
-        assert moment is not None and self._origin_ns is not None
-        begun_ns = event.epoch_ns - self._origin_ns
+        assert moment is not None
         if event.kind is Kind.HIGHLIGHT:
-            lane.highlights.append(((begun_ns + moment.peak_ns) / NS, moment.score))
+            lane.highlights.append((moment.peak_ns / NS, moment.score))
         if event.kind is not Kind.CLOSED or moment.end_ns is None:
             return
         picture = next((jpeg for _, at_ns, jpeg in lane.climb if at_ns == moment.peak_ns), None)
         told = Told(
             moment.id,
-            (begun_ns + moment.start_ns) / NS,
-            (begun_ns + moment.end_ns) / NS,
-            (begun_ns + moment.peak_ns) / NS,
+            moment.start_ns / NS,
+            moment.end_ns / NS,
+            moment.peak_ns / NS,
             moment.score,
             None if event.latency_ns is None else event.latency_ns / 1e6,
             lane.highlights,

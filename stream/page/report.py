@@ -130,11 +130,13 @@ def _moment(told: Told) -> dict[str, object]:
 
 def _stream(number: int, recording: Recording, alone: bool) -> str:
     """A place for each lane, filled by the script, and the moments, which are there without it."""
+    plot = (
+        '<div class="plot"><canvas></canvas><div class="scrub"><i class="at" hidden></i></div>'
+        '<div class="strip" aria-hidden="true"></div></div>'
+    )
     lanes = "".join(
         f'<article class="lane" data-lane="{at}"><header><h3>{escape(lane.text)}</h3>'
-        f"<p>{_summary(lane)}</p></header>"
-        '<div class="plot"><canvas></canvas><div class="scrub"><i class="at" hidden></i></div><div class="strip" aria-hidden="true"></div></div>'
-        "</article>"
+        f"<p>{_summary(lane)}</p></header>{plot}</article>"
         for at, lane in enumerate(recording.lanes)
     )
     notes = []
@@ -147,12 +149,12 @@ def _stream(number: int, recording: Recording, alone: bool) -> str:
     moments = [(at, lane, told) for at, lane in enumerate(recording.lanes) for told in lane.moments]
     moments.sort(key=lambda each: each[2].start_s)
     knows = any(lane.truth is not None for lane in recording.lanes)
+    said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     return (
-        f'<section class="stream" data-stream="{number}"><h2{" class=hidden" if alone else ""}>{escape(recording.name)}</h2>'
-        f"{''.join(f'<p class=note>{escape(note)}</p>' for note in notes)}"
-        f'<div class="lanes">{lanes}</div>'
-        f'<div class="foot"><button type="button" class="whole" hidden>whole stream</button>'
-        f'<canvas class="axis" aria-hidden="true"></canvas></div>'
+        f'<section class="stream" data-stream="{number}">'
+        f'<h2{" class=hidden" if alone else ""}>{escape(recording.name)}</h2>{said}<div class="lanes">{lanes}</div>'
+        '<div class="foot"><button type="button" class="whole" hidden>whole stream</button>'
+        '<canvas class="axis" aria-hidden="true"></canvas></div>'
         f"{_moments(recording, moments, knows)}</section>"
     )
 
