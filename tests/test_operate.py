@@ -295,7 +295,7 @@ def test_the_text_is_that_of_the_library() -> None:
     assert lines(text_of(Some())) == lines(generate_latest(Some()))
 
 
-# ---- systemd, and the log ---------------------------------------------------------------------------------------------
+# ---- systemd, and the log --------------------------------------------------------------------------------------------
 
 
 @contextmanager

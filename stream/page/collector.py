@@ -117,8 +117,7 @@ class Collector:
                 if len(self._lost) < LANES:
                     self._lost.add(query.id)
                 continue
-            threshold = self._session.options.threshold if query.threshold is None else query.threshold
-            self._lanes[query.id] = _Lane(query.text, threshold)
+            self._lanes[query.id] = _Lane(query.text, self._session.threshold(query))
 
     def _see(self, window: Window, saliencies: Iterable[Saliency]) -> None:
         self._frames.extend(window.frames)
