@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from bench.camera import free_port
 from kernels.engine import Engine, Images
 from kernels.errors import InputError
 from kernels.preprocess import Pixels
-from stream.config.schema import Config, MomentOptions, ServerConfig, StreamConfig
+from stream.config.schema import Config, ServerConfig, StreamConfig, WebhookConfig
 from stream.deliver.log import EventLog
 from stream.deliver.websocket import Client
 from stream.operate.health import healthy, ready
@@ -32,6 +33,7 @@ from stream.operate.metrics import render, text_of
 from stream.operate.notify import Supervisor
 from stream.service.service import Service as Live
 from tests.serve import ROOT, Service, config, running, until
+from tests.test_events import event
 
 TOKEN = "correct-horse-battery-staple"
 
@@ -201,28 +203,41 @@ def test_refusals_are_counted(tmp_path: Path) -> None:
 
 def test_what_the_log_holds_no_more_is_counted(tmp_path: Path) -> None:
     """A client that does not read for long, and a receiver that takes its time."""
-    port, queries = free_port(), [f"a ball of colour {number}" for number in range(100)]
-    hook = f'[[webhook]]\nurl = "http://127.0.0.1:{port}/"\nqueries = ["{queries[0]}"]\nstreams = ["a"]'
-    often = {"engine": "zero_shot = true\nhop = 0.1", "moments": "threshold = 0.001\nupdate_s = 0"}
-    text = config({"a": "test:ball", "b": "test:snow"}, queries, more=hook, limits="message_bytes = 4096", **often)
+    port, total = free_port(), 6000
+    settings = Config(
+        server=ServerConfig(ws_port=0, page_port=0, zmq_port=None),
+        webhooks=(WebhookConfig(url=f"http://127.0.0.1:{port}/"),),
+    )
+    log = EventLog(None, max_bytes=300_000)
     with (
-        running("tests.serve", "hook", port, tmp_path / "hooked", 12),
-        Service(tmp_path, text.replace("[log]", "[log]\nmax_mb = 1")) as service,
-        connect(service.url, max_queue=1, compression=None) as client,
+        running("tests.serve", "hook", port, tmp_path / "hooked", 2),
+        Live(Engine(zero_shot=True), settings, log) as service,
+        connect(service.ws_url, max_queue=1, compression=None) as client,
     ):
-        client.send('{"op": "subscribe", "query": "*", "since": 0}')
-        until(lambda: service.metrics()["log_first"] > 200)
-        thread = threading.Thread(target=read_all, args=(client,), daemon=True)
-        thread.start()
-        service.until_metric("client_events_lost_total", lambda lost: lost > 0)
-        (name,) = (each for each in service.metrics() if each.startswith("webhook_dropped_total"))
-        service.until_metric(name, lambda lost: lost > 0)
-        client.close()
+        client.send('{"op": "subscribe", "query": "*"}')
+        assert "subscribed" in str(client.recv(10))
+        service.sockets.tell(event(1))
+        time.sleep(0.5)  # the receiver has the first in its hands while the others come and go
+        for seq in range(2, total + 1):
+            service.sockets.tell(event(seq))
+            if seq % 500 == 0:
+                until(lambda seq=seq: log.last == seq)  # type: ignore[misc]
+        lost = 0
+        for payload in client:  # now it reads
+            message = json.loads(payload)
+            lost += message["data"].get("lost", 0)
+            if message.get("lognumber") == total:
+                break
+        assert lost > 0 and value(service, "client_events_lost_total") == lost
+        assert value(service, "log_last") == total and value(service, "log_first") > 1000
+        until(lambda: value(service, "webhook_dropped_total") > 0)
+    log.close()
 
 
-def read_all(client: ClientConnection) -> None:
-    for _ in client:
-        pass
+def value(service: Live, name: str) -> float:
+    """The first of a metric's series."""
+    lines = render(service)[0].decode().splitlines()
+    return float(next(line for line in lines if re.match(rf"livemoments_{name}[{{ ]", line)).rpartition(" ")[2])
 
 
 class Moody(Engine):
@@ -244,20 +259,14 @@ def test_an_engine_that_fails_or_hangs_is_told(caplog: pytest.LogCaptureFixture)
     engine, log = Moody(), EventLog(None)
     settings = Config(
         server=ServerConfig(ws_port=0, page_port=0, zmq_port=None),
-        moments=MomentOptions(),
         streams={"a": StreamConfig(source="test:ball")},
     )
     with Live(engine, settings, log) as service:
-
-        def value(name: str) -> float:
-            text = render(service)[0].decode()
-            return float(next(line for line in text.splitlines() if line.startswith(f"livemoments_{name} ")).split()[1])
-
         until(lambda: service.watched["a"].session.looked_at > 2)
         until(lambda: ready(service) == (True, []))
-        assert value("turn_failures_total") == 0 and value("last_turn_seconds") < 5
+        assert value(service, "turn_failures_total") == 0 and value(service, "last_turn_seconds") < 5
         engine.fails = True
-        until(lambda: value("turn_failures_total") >= 1)
+        until(lambda: value(service, "turn_failures_total") >= 1)
         assert "a turn failed" in caplog.text
         engine.fails = False
         before = service.watched["a"].session.timings.image.count
@@ -265,7 +274,7 @@ def test_an_engine_that_fails_or_hangs_is_told(caplog: pytest.LogCaptureFixture)
         assert healthy(service)[0]
         engine.goes_on.clear()
         until(lambda: not healthy(service, 1.0)[0])
-        assert value("last_turn_seconds") > 1 and not ready(service, 1.0)[0]
+        assert value(service, "last_turn_seconds") > 1 and not ready(service, 1.0)[0]
         assert "the engine has not finished a turn for 1 s" in healthy(service, 1.0)[1]
         engine.goes_on.set()
         until(lambda: healthy(service, 1.0)[0])

@@ -250,11 +250,13 @@ class _Link:
         self._socket = socket
 
     async def messages(self) -> AsyncIterator[str | bytes]:
+        too_large = False
         async for message in self._socket:
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                 yield message.data
-        code = self._socket.close_code
-        raise Gone(f"code {code}", too_large=code == WSCloseCode.MESSAGE_TOO_BIG)
+            else:  # the socket's own code is by now how the client took it
+                too_large = getattr(message.data, "code", None) == WSCloseCode.MESSAGE_TOO_BIG
+        raise Gone(f"code {self._socket.close_code}", too_large=too_large)
 
     async def send(self, payload: bytes) -> None:
         try:
