@@ -60,13 +60,13 @@ def _serve(path: Path) -> int:
         engine = Engine(config.engine.path, zero_shot=config.engine.zero_shot)
         events = EventLog(config.log.path, max_bytes=config.log.max_mb << 20)
         try:
+            for entry in events.recovered:
+                log.info("closed what was open when this was killed: %s", entry.moment_id)
             with Service(engine, config, events) as service:
                 addresses = [service.ws_url, *([service.zmq_address] if service.zmq_address else [])]
                 log.info("%d streams, %s", len(config.streams), " and ".join(addresses))
                 if service.page_url:
                     log.info("the page is at %s", service.page_url)
-                for entry in events.recovered:
-                    log.info("closed what was open when this was killed: %s", entry.moment_id)
                 supervisor.ready()
                 while not (came := signals(POLL_S)) & {signal.SIGINT, signal.SIGTERM}:
                     if healthy(service)[0]:
