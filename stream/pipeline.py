@@ -36,6 +36,10 @@ try:
 except (ImportError, ValueError) as error:
     raise SourceError(f"GStreamer is missing for Python ({error}): apt install {_PACKAGES}") from error
 
+# PyGObject makes the class of a plain C struct when it is first asked for. Two threads that ask at once, those of two
+# streams, get classes that do not take each other's objects.
+_STRUCTS = (Gst.PadProbeInfo, Gst.ReferenceTimestampMeta, GstVideo.VideoMeta)
+
 # `lm_decoded` is where decoders and descriptions end: anything but raw video does not link.
 _TAIL = (
     "capsfilter name=lm_decoded caps=video/x-raw(ANY) ! clocksync name=lm_pacer sync=false "

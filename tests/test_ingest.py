@@ -346,6 +346,20 @@ def test_missing_bindings_and_decoders_are_named(videos: Callable[[str], Path]) 
     assert "no decoder for H.265" in said
 
 
+def test_threads_that_start_together_see_the_same_classes() -> None:
+    """Of a probe's information there is no type in C: PyGObject makes its class anew for each that asks at once."""
+    together = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from threading import Barrier\n"
+        "import stream.pipeline; from gi.repository import Gst, GstVideo\n"
+        "sys.setswitchinterval(1e-6); all_here = Barrier(8)\n"
+        "def ask(_):\n"
+        "    all_here.wait()\n"
+        "    return Gst.PadProbeInfo, Gst.ReferenceTimestampMeta, GstVideo.VideoMeta\n"
+        "with ThreadPoolExecutor(8) as threads: print(len(set(threads.map(ask, range(8)))))"
+    )
+    assert [in_a_fresh_process(together).strip() for _ in range(3)] == ["1"] * 3
+
+
 # -- live
 
 FAST = "videotestsrc is-live=true num-buffers={} ! video/x-raw,width=64,height=48,framerate=500/1"
