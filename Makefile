@@ -25,12 +25,13 @@ demo: $(VENV)/.demo
 
 # The page is tested in a browser.
 test: APT += chromium
-# Two processes share two cores: threads beside them would only wait for each other.
+# Three processes share two cores, for many tests wait; threads beside them would only wait for each other. The files
+# come in the order of their names: those that build engines, which take longest, are among the first.
 test: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.dev
 	$(BIN)/pytest -m soak --durations 0

@@ -99,18 +99,25 @@ def engines() -> list[Work]:
     words = lite.backbone.tokenize(spread(class_captions(), SAMPLES))
     vit, graphs = Exported(tower, {"crops": crops}, ("layers", "pooled"), {"crops": {0: "frames"}}), lite.crop_graphs()
     works = [
-        _engine("image tower, ViT-B/32", vit, [crops], [crops[:1]], ("fp32", "int8")),
-        _engine("image tower, lite", graphs["image"], [small], [small[:1]], ("fp32",)),
-        _engine("text tower, lite", graphs["text"], words, [each[:1] for each in words], ("fp32",)),
+        _engine("image tower, ViT-B/32", vit, export_graph(vit), [crops], [crops[:1]], ("fp32", "int8")),
+        _lite("image", graphs["image"], [small]),
+        _lite("text", graphs["text"], words),
     ]
     head = step_graphs(R2(CAUSAL).eval(), c.patches)["solo"]
+    exported = export_graph(head)
     for rows in ROWS:
         given = [
             each[torch.arange(rows) % len(each)] if head.axes[name].get(0) == "rows" else each
             for name, each in head.inputs.items()
         ]
-        works.append(_engine(f"head, {rows} queries", head, given, given, ("fp32",)))
+        works.append(_engine(f"head, {rows} queries", head, exported, given, given, ("fp32",)))
     return works
+
+
+def _lite(tower: str, graph: Exported, samples: Sequence[torch.Tensor]) -> Work:
+    return _engine(
+        f"{tower} tower, lite", graph, export_graph(graph), samples, [each[:1] for each in samples], ("fp32",)
+    )
 
 
 def _crops(resize: int, size: int) -> torch.Tensor:
@@ -120,12 +127,12 @@ def _crops(resize: int, size: int) -> torch.Tensor:
 def _engine(
     name: str,
     graph: Exported,
+    exported: onnx.ModelProto,
     samples: Sequence[torch.Tensor],
     timed: Sequence[torch.Tensor],
     forms: tuple[str, ...],
 ) -> Work:
     """A graph in each runtime that agrees with torch on the samples."""
-    exported = export_graph(graph)
     models = {form: formed(exported, form).SerializeToString() for form in forms}
     runs: dict[str, Run] = {f"ONNX Runtime {form}": partial(_onnxruntime, Graph(each)) for form, each in models.items()}
     if find_spec("openvino"):

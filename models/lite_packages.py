@@ -41,7 +41,7 @@ def _encode(text: TextTower, tokens: Tensor, mask: Tensor) -> Tensor:
     """What the tower gives, with texts of one length together: padding would take half the time."""
     lengths = mask.sum(1)
     vectors = torch.empty(len(tokens), text.word.embedding_dim)
-    for length in lengths.unique().tolist():
+    for length in set(lengths.tolist()):
         same = lengths == length
         vectors[same] = text(tokens[same, :length], mask[same, :length])
     return vectors

@@ -1,16 +1,29 @@
 """Fixtures that many tests share."""
 
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from torch import Tensor
 
+from kernels.build import export_graph
+from kernels.parity import real_crops
+from kernels.recipe import Recipe, make_recipe
+from models.checkpoint import Provenance, save_checkpoint
+from models.graphs import Graph
 from models.lite import ImageTower, QueryTower
-from models.lite_packages import towers
+from models.lite_packages import class_captions, towers
+from models.r2 import R2
+from models.r2_types import R2Config
 
+Export = Callable[[Graph], onnx.ModelProto]
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
 
@@ -37,14 +50,61 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def quick_builds(lite_towers: tuple[ImageTower, QueryTower]) -> Iterator[None]:
-    """Bundles on fewer texts, and as many frames as the gate must have at least; towers of lite that stand already."""
-    from kernels.build import export_graph
-    from kernels.parity import real_crops
-    from kernels.recipe import Recipe
-    from models.lite_packages import class_captions
+class Content(pickle.Pickler):
+    """The same bytes for the same things: tensors by what they hold, not by where they lie."""
 
+    def reducer_override(self, thing: object) -> Any:
+        if not isinstance(thing, Tensor):
+            return NotImplemented
+        held = thing.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return bytes, (f"{thing.dtype} {thing.shape}".encode() + sha256(held).digest(),)
+
+
+def content(thing: object) -> bytes:
+    Content(out := BytesIO()).dump(thing)
+    return sha256(out.getvalue()).digest()
+
+
+@pytest.fixture(scope="session")
+def export_once() -> Export:
+    """`export_graph`, which remembers: that takes longer than all the rest of a build. Do not change what it gives."""
+    made: dict[bytes, onnx.ModelProto] = {}
+
+    def remembered(graph: Graph) -> onnx.ModelProto:
+        key = content(graph)
+        if key not in made:
+            made[key] = export_graph(graph)
+        return made[key]
+
+    return remembered
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP with random weights, as the hub holds it."""
+    from tests.test_clip import TINY, publish  # here: pytest rewrites a module of tests only before its first import
+
+    return publish(TINY, tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_clip: Path) -> Recipe:
+    return make_recipe(str(tiny_clip), None)
+
+
+@pytest.fixture(scope="session")
+def tiny_head(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a head with random weights that reads it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("head") / "r2.safetensors"
+    model = R2(R2Config("causal", 32, 24, 16, depth=2, width=16, heads=2, window=4, strides=(1, 2)))
+    save_checkpoint(path, model, Provenance("a test", str(tiny_clip), 1.0, calibration={"centre": 0.2, "slope": 1.5}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def quick_builds(lite_towers: tuple[ImageTower, QueryTower], export_once: Export) -> Iterator[None]:
+    """Bundles on fewer texts, and as many frames as the gate must have at least; towers of lite that stand already."""
     captions = [caption for caption in class_captions() if len(caption) < 30][:40]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("models.backbone.towers", lambda: lite_towers)
@@ -55,21 +115,5 @@ def quick_builds(lite_towers: tuple[ImageTower, QueryTower]) -> Iterator[None]:
         patch.setattr("kernels.parity.real_crops", decoded)
         patch.setattr("kernels.parity.KEPT", 8)
         patch.setattr("kernels.build._TIMED", 1)
-        # A backbone is exported once, however many bundles are built of it: that takes longer than all the rest.
-        for method in ("crop_graphs", "pixel_graphs"):
-            patch.setattr(Recipe, method, once(getattr(Recipe, method)))
-        patch.setattr("kernels.build.export_graph", once(export_graph))
+        patch.setattr("kernels.build.export_graph", export_once)
         yield
-
-
-def once(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Made once of the same things; a model is copied by whoever changes it."""
-    made: dict[tuple[int, ...], tuple[Any, Any]] = {}
-
-    def remembered(*given: Any) -> Any:
-        key = tuple(id(each) for each in given)
-        if key not in made:
-            made[key] = make(*given), given  # which stay alive, so that no other thing gets their id
-        return made[key][0]
-
-    return remembered

@@ -1,6 +1,5 @@
 """`livemoments build-engine`: what it builds runs, what is wrong is refused, and a refused build leaves nothing."""
 
-import importlib
 import json
 import shutil
 from collections import Counter
@@ -26,14 +25,8 @@ from kernels.onnx_runtime import Graph
 from kernels.preprocess import crop
 from kernels.quantise import fold_constants, fuse_attention, quantise
 from kernels.recipe import Recipe, make_recipe
-from kernels.rounding import rounded
-from kernels.tensorrt import CAPABILITIES, compute_capability, load_module
 from livemoments import main
-from models.checkpoint import Provenance, save_checkpoint
-from models.clip import VIT_B32
 from models.graphs import Graph as Exported
-from models.r2 import R2
-from models.r2_types import R2Config
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
@@ -41,7 +34,8 @@ from stream.run import play
 from stream.session import Session
 from stream.sources import parse_source
 from stream.types import NS, Kind
-from tests.test_clip import TINY, publish
+from tests.conftest import Export
+from tests.test_clip import TINY
 
 pytestmark = [
     pytest.mark.timeout(600),  # engines of full size are built, on however slow a machine
@@ -50,31 +44,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish(TINY, tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
-def tiny(clip: Path) -> Recipe:
-    return make_recipe(str(clip), None)
-
-
-@pytest.fixture(scope="module")
-def plain(quick_builds: None, tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(quick_builds: None, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in fp32. Others copy it."""
     folder = tmp_path_factory.mktemp("plain") / "bundle"
-    build(tiny, "onnxruntime", "fp32", folder)
+    build(tiny_recipe, "onnxruntime", "fp32", folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A head with random weights that reads the tiny CLIP."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("head") / "r2.safetensors"
-    model = R2(R2Config("causal", 32, 24, 16, depth=2, width=16, heads=2, window=4, strides=(1, 2)))
-    save_checkpoint(path, model, Provenance("a test", str(clip), 1.0, calibration={"centre": 0.2, "slope": 1.5}))
-    return path
 
 
 def files(folder: Path) -> set[str]:
@@ -84,8 +58,8 @@ def files(folder: Path) -> set[str]:
 # -- for a CPU
 
 
-def test_a_cpu_bundle_of_a_clip_agrees_with_torch_and_runs(tiny: Recipe, tmp_path: Path) -> None:
-    manifest, parts = build(tiny, "onnxruntime", "int8", tmp_path / "bundle")
+def test_a_cpu_bundle_of_a_clip_agrees_with_torch_and_runs(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    manifest, parts = build(tiny_recipe, "onnxruntime", "int8", tmp_path / "bundle")
     assert files(tmp_path / "bundle") == {*manifest.files, "manifest.json"}
     assert set(manifest.files) == {"image.onnx", "text.onnx", "tokenizer.json", "distractors.npy"}
     assert isinstance(manifest.parity, dict) and min(manifest.parity.values()) >= 0.999
@@ -97,14 +71,14 @@ def test_a_cpu_bundle_of_a_clip_agrees_with_torch_and_runs(tiny: Recipe, tmp_pat
     frame = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     with torch.no_grad():
         cut = torch.from_numpy(crop(frame, resize=24, size=24).copy())[None]
-        want = tiny.backbone.image(cut)[1].numpy()
+        want = tiny_recipe.backbone.image(cut)[1].numpy()
     given = engine.embed_frames([frame]).pooled
     assert (given * want).sum() / np.linalg.norm(given) / np.linalg.norm(want) > 0.999
     session = Session(engine, "cam", NS, MomentOptions(), recorded=True)
     session.add(make_query(engine, "a dog"))
 
 
-def test_what_int8_blunts_is_built_larger(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_int8_blunts_is_built_larger(tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each engine takes the smallest form that agrees with torch, and says which that was and why."""
     told: list[str] = []
 
@@ -116,13 +90,13 @@ def test_what_int8_blunts_is_built_larger(tiny: Recipe, tmp_path: Path, monkeypa
         return model
 
     monkeypatch.setattr("kernels.build.quantise", blunt)
-    manifest, _ = build(tiny, "onnxruntime", "int8", tmp_path / "bundle", told.append)
+    manifest, _ = build(tiny_recipe, "onnxruntime", "int8", tmp_path / "bundle", told.append)
     assert manifest.precision["image"] == "fp16 weights"
     assert any("image.pooled does not agree with torch" in line and line.endswith("not as int8") for line in told)
 
 
-def test_a_head_on_a_clip_is_built_and_serves(checkpoint: Path, tmp_path: Path) -> None:
-    manifest, _ = build(make_recipe(None, checkpoint), "onnxruntime", "int8", tmp_path / "bundle")
+def test_a_head_on_a_clip_is_built_and_serves(tiny_head: Path, tmp_path: Path) -> None:
+    manifest, _ = build(make_recipe(None, tiny_head), "onnxruntime", "int8", tmp_path / "bundle")
     assert manifest.head is not None and manifest.head.depth == 2
     assert {manifest.precision[name] for name in ("video", "query", "head")} == {"fp16 weights"}
     assert manifest.precision["image"] == "int8", "it does not agree with torch in layers and pooled"
@@ -203,61 +177,13 @@ def test_a_clip_is_served_by_the_command(plain: Path, capsys: pytest.CaptureFixt
     assert "Traceback" not in capsys.readouterr().err
 
 
-# -- for a GPU, without one
-
-
-def test_a_gpu_bundle_is_built_here_and_judged_there(checkpoint: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(None, checkpoint)
-    manifest, _ = build(recipe, "tensorrt-rtx", "fp16", tmp_path / "bundle")
-    engines = {f"{name}.engine" for name in ("image", "text", "video", "query", "head")}
-    assert set(manifest.files) == engines | {"tokenizer.json", "distractors.npy", "reference.npz"}
-    assert manifest.parity == "pending" and min(manifest.onnx_parity.values()) >= 0.999
-    assert manifest.compute_capabilities == list(CAPABILITIES) and manifest.profiles["rows"] == [1, 16, 10_000]
-    assert manifest.precision["image"] == "fp16" and manifest.precision["head"] == "fp32"
-    graphs = recipe.pixel_graphs()
-    with np.load(tmp_path / "bundle" / "reference.npz") as reference:
-        for name, graph in graphs.items():
-            inputs = [torch.from_numpy(reference[f"{name}/in/{each}"]) for each in graph.inputs]
-            with torch.no_grad():
-                found = graph.module(*inputs)
-            for output, each in zip(graph.outputs, found, strict=True):
-                np.testing.assert_allclose(reference[f"{name}/out/{output}"], each, atol=2e-2, rtol=2e-3)
-    with pytest.raises(BundleError, match=r"GPU|PyCUDA") as caught:
-        Engine(tmp_path / "bundle")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("model", ["lite", "ViT-B/32"])
-def test_full_size_backbones_become_gpu_bundles(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command itself; of the CLIP the weights are random, which proves the build only."""
-    if model == "ViT-B/32":
-        (tmp_path / "clip").mkdir()
-        model = str(publish(VIT_B32, tmp_path / "clip"))
-    out = tmp_path / "bundle"
-    assert main(["build-engine", "--model", model, "--target", "tensorrt-rtx", "--out", str(out)]) == 0
-    assert load_manifest(out).precision == {"image": "fp16", "text": "fp16"}
-    told = capsys.readouterr().out
-    assert "image.pooled" in told and "held against it when they first meet a GPU" in told
-
-
-def test_bf16_is_rounded_where_nothing_computes_it(tiny: Recipe) -> None:
-    """What the gate runs in place of the graph is coarser than fp32, as coarse as torch's own bf16."""
-    graph = tiny.pixel_graphs(torch.bfloat16)["image"]
-    pixels = torch.randn(4, 3, 24, 24).half()
-    given = Graph(rounded(export_graph(graph)).SerializeToString())(pixels=pixels.numpy())["pooled"]
-    with torch.no_grad():
-        exact = tiny.pixel_graphs()["image"].module(pixels).numpy()
-        narrow = graph.module(pixels).numpy()
-    off, wanted = np.abs(given - exact).mean(), np.abs(narrow - exact).mean()
-    assert 0.5 * wanted < off < 2 * wanted
-
-
 # -- what the gate is for
 
 
-def one_weight(graph: Exported) -> onnx.ModelProto:
+def one_weight(graph: Exported, export: Export) -> onnx.ModelProto:
     """The export, in which one number of the image tower is another."""
-    model = export_graph(graph)
+    model = onnx.ModelProto()
+    model.CopyFrom(export(graph))
     for tensor in model.graph.initializer:
         if tensor.name.endswith("post_layernorm.bias"):
             values = numpy_helper.to_array(tensor).copy()
@@ -278,60 +204,46 @@ class Turned(nn.Module):
         return found
 
 
-def transposed(graph: Exported) -> onnx.ModelProto:
+def transposed(graph: Exported, export: Export) -> onnx.ModelProto:
     """The export, in which pictures lie on their side."""
     picture = {"crops", "pixels"} & set(graph.inputs)
-    return export_graph(graph._replace(module=Turned(graph.module)) if picture else graph)
+    return export(graph._replace(module=Turned(graph.module)) if picture else graph)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt-rtx"])
 @pytest.mark.parametrize(("model", "fault"), [("clip", one_weight), ("lite", transposed)])
 def test_a_planted_error_leaves_no_bundle(
     model: str,
-    fault: Callable[[Exported], onnx.ModelProto],
+    fault: Callable[[Exported, Export], onnx.ModelProto],
     target: str,
-    tiny: Recipe,
+    tiny_recipe: Recipe,
+    export_once: Export,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pictures that lie on their side are told with real weights; with random ones all pictures look alike."""
-    recipe = tiny if model == "clip" else make_recipe("lite", None)
-    monkeypatch.setattr("kernels.build.export_graph", fault)
+    recipe = tiny_recipe if model == "clip" else make_recipe("lite", None)
+    monkeypatch.setattr("kernels.build.export_graph", lambda graph: fault(graph, export_once))
     with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch: worst cosine"):
         build(recipe, target, "fp32", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_overflow_of_fp16_is_refused_and_bf16_is_not(clip: Path, tmp_path: Path) -> None:
-    """Activations of 10^5 in the middle of a block, of weights that fp16 holds: harmless in fp32, infinite in fp16."""
-    recipe = make_recipe(str(clip), None)
-    block = recipe.backbone.pixels.get_submodule("encoder.layers.0.mlp")
-    with torch.no_grad():
-        for name in ("fc1.weight", "fc1.bias"):
-            block.get_parameter(name).mul_(2e5)
-            assert float(block.get_parameter(name).abs().max()) < 65504
-        block.get_parameter("fc2.weight").div_(2e5)
-    with pytest.raises(BundleError, match=r"image\.pooled does not agree with torch: worst cosine -1"):
-        build(recipe, "tensorrt-rtx", "fp16", tmp_path / "fp16")
-    assert list(tmp_path.iterdir()) == []
-    assert build(recipe, "tensorrt-rtx", "bf16", tmp_path / "bf16")[0].precision["image"] == "bf16"
-
-
 def test_a_refused_build_leaves_the_old_bundle_alone(
-    plain: Path, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tiny_recipe: Recipe, tmp_path: Path, export_once: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = load_manifest(Path(shutil.copytree(plain, tmp_path / "bundle")))
-    monkeypatch.setattr("kernels.build.export_graph", one_weight)
+    monkeypatch.setattr("kernels.build.export_graph", lambda graph: one_weight(graph, export_once))
     with pytest.raises(BundleError, match="does not agree"):
-        build(tiny, "onnxruntime", "fp32", tmp_path / "bundle")
+        build(tiny_recipe, "onnxruntime", "fp32", tmp_path / "bundle")
     assert load_manifest(tmp_path / "bundle") == old
 
 
 # -- products in int8
 
 
-def test_products_by_constants_are_whole_numbers_and_no_others(tiny: Recipe) -> None:
-    image, text = (kinds(formed(export_graph(tiny.crop_graphs()[each]), "int8")) for each in ("image", "text"))
+def test_products_by_constants_are_whole_numbers_and_no_others(tiny_recipe: Recipe, export_once: Export) -> None:
+    image, text = (kinds(formed(export_once(tiny_recipe.crop_graphs()[each]), "int8")) for each in ("image", "text"))
     blocks = TINY.image.layers
     # Of a block: one behind the attention, two of the MLP; and before and after all blocks.
     assert image["MatMulInteger"] == 3 * blocks + 2
@@ -342,8 +254,8 @@ def test_products_by_constants_are_whole_numbers_and_no_others(tiny: Recipe) -> 
     assert text["MatMul"] == 2 * TINY.text.layers and "QAttention" not in text
 
 
-def test_a_fused_attention_gives_what_its_parts_gave(clip: Path) -> None:
-    recipe = make_recipe(str(clip), None)
+def test_a_fused_attention_gives_what_its_parts_gave(tiny_clip: Path) -> None:
+    recipe = make_recipe(str(tiny_clip), None)
     blocks = recipe.backbone.pixels.get_submodule("encoder.layers")
     with torch.no_grad():
         for name, weight in blocks.named_parameters():
@@ -359,10 +271,10 @@ def kinds(model: onnx.ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def test_no_other_form_has_operators_of_one_runtime(tiny: Recipe) -> None:
-    crops, pixels = tiny.crop_graphs()["image"], tiny.pixel_graphs()["image"]
+def test_no_other_form_has_operators_of_one_runtime(tiny_recipe: Recipe, export_once: Export) -> None:
+    crops, pixels = tiny_recipe.crop_graphs()["image"], tiny_recipe.pixel_graphs()["image"]
     for graph, form in (crops, "fp32"), (crops, "fp16 weights"), (pixels, "fp32"):
-        assert {node.domain for node in formed(export_graph(graph), form).graph.node} == {""}
+        assert {node.domain for node in formed(export_once(graph), form).graph.node} == {""}
 
 
 # -- the command
@@ -388,50 +300,30 @@ def test_a_mistake_is_told_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_capability_that_the_compiler_lacks_is_told(tiny: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"does not build for compute capability 9\.0, but for .*8\.6"):
-        build(tiny, "tensorrt-rtx", "fp16", tmp_path / "bundle", capabilities=["9.0"])
-    with pytest.raises(BundleError, match="does not build for compute capability 86, but for"):
-        compute_capability(load_module("tensorrt-rtx"), "86")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensorrt_that_is_not_installed_is_told(tiny: Recipe, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx_bindings")
-    try:
-        importlib.import_module("tensorrt")
-    except ImportError:
-        with pytest.raises(BundleError, match="the target tensorrt needs the package tensorrt: pip install"):
-            build(tiny, "tensorrt", "fp16", tmp_path / "bundle")
-        assert list(tmp_path.iterdir()) == []
-    else:
-        pytest.skip("it is installed here")
-
-
 def test_a_folder_that_is_no_bundle_is_never_replaced(
-    tiny: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     for name, text in {"": "", "manifest.json": '{"name": "a web app"}'}.items():
         if name:
             (tmp_path / name).write_text(text)
         with pytest.raises(BundleError, match="is there, and is no engine bundle or more than one: give another --out"):
-            build(tiny, "onnxruntime", "fp32", tmp_path)
+            build(tiny_recipe, "onnxruntime", "fp32", tmp_path)
         assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert main(["build-engine", "--model", "lite", "--out", str(EMBEDDED)]) == 2
     assert "it would lose its trained head" in capsys.readouterr().err
 
 
-def test_what_lies_beside_a_bundle_is_never_removed(plain: Path, tiny: Recipe, tmp_path: Path) -> None:
+def test_what_lies_beside_a_bundle_is_never_removed(plain: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "bundle"))
     (folder / "best.safetensors").write_text("weeks of training")
     with pytest.raises(BundleError, match="more than one"):
-        build(tiny, "onnxruntime", "fp32", folder)
+        build(tiny_recipe, "onnxruntime", "fp32", folder)
     assert (folder / "best.safetensors").exists() and load_manifest(folder)
 
 
 def test_a_build_that_is_interrupted_in_its_last_step_keeps_the_old_bundle(
-    plain: Path, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tiny_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, rename = Path(shutil.copytree(plain, tmp_path / "bundle")), Path.rename
 
@@ -442,21 +334,21 @@ def test_a_build_that_is_interrupted_in_its_last_step_keeps_the_old_bundle(
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build(tiny, "onnxruntime", "fp32", folder)
+        build(tiny_recipe, "onnxruntime", "fp32", folder)
     assert load_manifest(folder) and list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_link_to_a_bundle_is_followed(plain: Path, tiny: Recipe, tmp_path: Path) -> None:
+def test_a_link_to_a_bundle_is_followed(plain: Path, tiny_recipe: Recipe, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plain, tmp_path / "real"))
     (tmp_path / "link").symlink_to(folder)
-    manifest, _ = build(tiny, "onnxruntime", "fp16", tmp_path / "link")
+    manifest, _ = build(tiny_recipe, "onnxruntime", "fp16", tmp_path / "link")
     assert load_manifest(folder) == manifest and (tmp_path / "link").is_symlink()
 
 
 def test_another_backbone_under_a_head_is_refused(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_head: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["build-engine", "--model", "lite", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "b")]) == 2
+    assert main(["build-engine", "--model", "lite", "--checkpoint", str(tiny_head), "--out", str(tmp_path / "b")]) == 2
     told = capsys.readouterr().err
     assert "reads features (video, text, embedding, floor) of (32, 24, 16, 0.0), those of lite are" in told
 
