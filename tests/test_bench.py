@@ -240,7 +240,8 @@ def test_soak_watches_memory_and_latency(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_page_and_clips_are_weighed_in_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "page", "--seconds", "3", "--rounds", "1", "--clients", "2", "--queries", "4"]) == 0
+    # The room is empty for 5 s at a time: a shorter turn might see no moment.
+    assert main(["bench", "page", "--seconds", "8", "--rounds", "1", "--clients", "2", "--queries", "4"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     without, beside = result["turns"]
     assert (without["kind"], beside["kind"]) == ("without", "with") and result["clients"] == 2
