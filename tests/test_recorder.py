@@ -230,6 +230,18 @@ def test_what_is_missing_is_said(videos: Callable[[str], Path], tmp_path: Path) 
         assert clip.missing == "the service ended"
 
 
+def test_one_that_was_cut_off_is_told_when_all_ends_with_its_moment(
+    videos: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with opened(tmp_path / "clips", longest_s=3) as desk:
+        watch(desk.track, videos("h264")).close()
+        desk.tell(Kind.OPENED, "long", 6)
+        until(lambda: desk.track.written, 20)
+        desk.tell(Kind.CLOSED, "long", 6, 19)
+        desk.recorder.close()
+        assert desk.clips(1)["long"].missing == "it is cut off at 3 s"
+
+
 def test_what_was_over_before_it_was_asked_for(videos: Callable[[str], Path], tmp_path: Path) -> None:
     with opened(tmp_path / "clips", before_s=0) as desk:
         long = write_video(tmp_path / "long.mkv", size=(64, 48), frames=20 * RATE, gop=RATE)

@@ -189,9 +189,10 @@ class Recorder:
         for cut in self._cuts():
             cut.leave(ENDED)
         until_s = time.monotonic() + CLOSE_S
+        self._step()  # also those that were cut off, and waited for the end of their moments
         while any(cut.clip is None for cut in self._cuts()) and time.monotonic() < until_s:
-            self._step()
             time.sleep(0.01)
+            self._step()
         for cut in self._cuts():
             cut.abort()
 
