@@ -61,7 +61,7 @@ def _serve(path: Path) -> int:
         events = EventLog(config.log.path, max_bytes=config.log.max_mb << 20)
         try:
             for entry in events.recovered:
-                log.info("closed what was open when this was killed: %s", entry.moment_id)
+                log.info("closed what was open when this was killed: %s of %s", entry.moment_id, entry.stream)
             with Service(engine, config, events) as service:
                 addresses = [service.ws_url, *([service.zmq_address] if service.zmq_address else [])]
                 log.info("%d streams, %s", len(config.streams), " and ".join(addresses))
