@@ -158,7 +158,8 @@ def test_what_a_killed_service_was_writing_goes_at_its_next_start(tmp_path: Path
 
 
 SOAK_MINUTES = float(os.environ.get("LIVEMOMENTS_SOAK_MINUTES", "20"))
-SOAK_MB = 2
+SOAK_MB = 8
+"""Clips take up to 1 MB here, and two are written at a time, each twice until it is whole."""
 PERSON = "a person standing in a room"
 
 
