@@ -65,7 +65,7 @@ def compare(path: Path) -> dict[str, float]:
         "query_last": query.words[0].tokens,
         "query_pooled": query.pooled[:, None],
         "saliency": outputs.saliency[0],
-        "boundary": outputs.boundaries(model.config.strides)[0] * SECONDS,
+        "boundary": outputs.boundaries(model.config.strides)[0],
     }
     depth = model.config.depth
     ours |= {f"coll_v{i}": outputs.cls[:, depth - 1 - i] for i in range(depth)}  # in the order of the steps
@@ -75,10 +75,7 @@ def compare(path: Path) -> dict[str, float]:
     ours |= {f"coord_level{i}": level for i, level in enumerate(raw)}
     if strange := sorted(given["outputs"].keys() - ours.keys()):
         raise ModelError(f"{path}: nothing of ours compares with outputs/{strange[0]}")
-    errors = {name: _difference(ours[name], want, f"{path}: outputs/{name}") for name, want in given["outputs"].items()}
-    if "boundary" in errors:
-        errors["boundary"] /= SECONDS
-    return {name: float(error.abs().max()) for name, error in errors.items()}
+    return {name: _error(ours[name], want, name, path) for name, want in given["outputs"].items()}
 
 
 def _input(inputs: dict[str, Tensor], name: str, shown: str) -> Tensor:
@@ -90,12 +87,14 @@ def _input(inputs: dict[str, Tensor], name: str, shown: str) -> Tensor:
     return inputs[name].double()
 
 
-def _difference(ours: Tensor, want: Tensor, name: str) -> Tensor:
+def _error(ours: Tensor, want: Tensor, name: str, path: Path) -> float:
     if not want.is_floating_point():
-        raise ModelError(f"{name} is {want.dtype}, float32 is wanted")
+        raise ModelError(f"{path}: outputs/{name} is {want.dtype}, float32 is wanted")
     if ours.shape != want.shape:
-        raise ModelError(f"{name} is {tuple(want.shape)}, ours is {tuple(ours.shape)}")
-    return ours - want
+        raise ModelError(f"{path}: outputs/{name} is {tuple(want.shape)}, ours is {tuple(ours.shape)}")
+    if name == "boundary":
+        want = want / SECONDS
+    return float((ours - want).abs().max())
 
 
 def main() -> int:
