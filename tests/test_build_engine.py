@@ -30,10 +30,9 @@ from models.graphs import Graph as Exported
 from stream.detector import make_query
 from stream.ingest import open_source
 from stream.moments import MomentOptions
-from stream.run import play
 from stream.session import Session
 from stream.sources import parse_source
-from stream.types import NS, Kind
+from stream.types import NS, Frame, Kind
 from tests.conftest import Export
 from tests.test_clip import TINY
 
@@ -131,15 +130,19 @@ class TorchRuntime:
 Told = tuple[list[float], list[tuple[float, float]]]
 
 
-def watch(engine: Engine, video: Path, query: str) -> Told:
-    """The score of every window, and start and end of what is told, in seconds."""
+def pictures(video: Path) -> list[Frame]:
     source = open_source(parse_source(str(video)), hop_ns=NS, pace="max")
     try:
-        session = Session(engine, "v", NS, MomentOptions(), recorded=True)
-        session.add(make_query(engine, query))
-        steps = [*filter(None, play(source, session)), session.drain()]
+        return [item for item in source if isinstance(item, Frame)]
     finally:
         source.close()
+
+
+def watch(engine: Engine, frames: Sequence[Frame], query: str) -> Told:
+    """The score of every window, and start and end of what is told, in seconds."""
+    session = Session(engine, "v", NS, MomentOptions(), recorded=True)
+    session.add(make_query(engine, query))
+    steps = [*map(session.push, frames), session.drain()]
     scores = [saliency[0].score for step in steps for _, saliency in step.scores]
     closed = [event.moment for step in steps for event in step.events if event.kind is Kind.CLOSED and event.moment]
     return scores, [(moment.start_ns / NS, (moment.end_ns or 0) / NS) for moment in closed]
@@ -159,12 +162,12 @@ def test_every_cpu_bundle_tells_the_moments_of_torch(
         patch.setattr("kernels.engine._runtime", lambda _folder, manifest, _threads: TorchRuntime(recipe, manifest))
         reference = Engine(tmp_path / "fp32")
     for stream in streams:
-        video = shared_data / "clips" / f"{stream['vid']}.mp4"
-        scores, moments = watch(reference, video, stream["query"])
+        frames = pictures(shared_data / "clips" / f"{stream['vid']}.mp4")
+        scores, moments = watch(reference, frames, stream["query"])
         close = [hop for hop, score in enumerate(scores) if abs(score - MomentOptions().threshold) < 0.005]
         assert len(moments) >= 3 and len(close) <= 1, "or there is nothing to agree on"
         for precision in PRECISIONS["onnxruntime"]:
-            found, told = watch(Engine(tmp_path / precision, zero_shot=True), video, stream["query"])
+            found, told = watch(Engine(tmp_path / precision, zero_shot=True), frames, stream["query"])
             np.testing.assert_allclose(found, scores, atol=0.005)
             for ours, theirs in zip(told, moments, strict=True):
                 moved = [edge for edge, want in zip(ours, theirs, strict=True) if edge != want]
