@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from kernels.build import export_graph
@@ -68,8 +69,7 @@ def content(thing: object) -> bytes:
 
 @pytest.fixture(scope="session")
 def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """`export_graph`, which remembers: that takes longer than all the rest of a build. Do not change what it gives."""
-    made: dict[bytes, onnx.ModelProto] = {}
+    """`export_graph`, which remembers: that takes longer than all the rest of a build."""
     # One folder for all processes of this run, each of which has a folder of its own in it.
     shared = tmp_path_factory.getbasetemp()
     shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "exports"
@@ -80,14 +80,23 @@ def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
         shapes = {name: (each.dtype, each.shape) for name, each in graph.inputs.items()}
         key = content((graph.module, shapes, graph.outputs, graph.axes))
         file = shared / f"{key.hex()}.onnx"
-        if key not in made and not file.exists():
-            onnx.save(export_graph(graph), part := file.with_suffix(f".{os.getpid()}"))
+        if not file.exists():
+            part = file.with_suffix(f".{os.getpid()}")
+            onnx.save(export_graph(graph), part)
             part.rename(file)
-        if key not in made:
-            made[key] = onnx.load(file)
-        return made[key]
+        return onnx.load(file)
 
     return remembered
+
+
+def one_weight_off(model: onnx.ModelProto, name: str, place: int, more: float) -> onnx.ModelProto:
+    """The graph itself, in which one number is larger: of the weights whose names end in `name`."""
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(name):
+            values = numpy_helper.to_array(tensor).copy()
+            values[place] += more
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    return model
 
 
 @pytest.fixture(scope="session")

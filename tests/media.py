@@ -1,5 +1,6 @@
 """Video files made on the spot with PyAV, and what PyAV reads from them: the reference for ingest."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from stream.types import Pixels
+from stream.ingest import open_source
+from stream.sources import parse_source
+from stream.types import NS, Frame, Pixels
 
 RATE = 30
 VARIABLE = (33, 33, 50, 17, 100, 33, 40, 7, 250, 33)
@@ -107,3 +110,12 @@ def decode(path: Path) -> Decoded:
             times.append(frame.pts * stream.time_base)
             pixels.append(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8))
         return Decoded([at - times[0] for at in times], stream.time_base, pixels)
+
+
+def frames_of(path: Path, hop_ns: int = NS) -> Iterator[Frame]:
+    """The frames that `livemoments run` looks at."""
+    source = open_source(parse_source(str(path)), hop_ns=hop_ns, pace="max")
+    try:
+        yield from (item for item in source if isinstance(item, Frame))
+    finally:
+        source.close()

@@ -14,11 +14,10 @@ from bench.demo import BICYCLE, MAN
 from kernels.engine import Engine
 from stream.detector import make_query
 from stream.history import History, Scores
-from stream.ingest import open_source
 from stream.moments import MomentOptions
 from stream.session import Session, push_all
-from stream.sources import parse_source
 from stream.types import NS, Event, Features, Frame, Kind, Query, Saliency, Window
+from tests.media import frames_of
 from trainer.render import FPS, Segment, render
 from trainer.render import Kind as Filler
 
@@ -31,9 +30,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> list[Frame]:
     path = tmp_path_factory.mktemp("backfill") / "phone.mp4"
     man, room = Segment(Filler.CLIP, 5 * FPS, clips_folder() / "carphone_pristine.mp4"), Segment(Filler.ROOM, 4 * FPS)
     render([room, man] * 4 + [room], path)
-    source = open_source(parse_source(str(path)), hop_ns=NS, pace="max")
-    found = [item for item in source if isinstance(item, Frame)]
-    source.close()
+    found = list(frames_of(path))
     assert len(found) == 40
     return found
 

@@ -28,12 +28,11 @@ from kernels.recipe import Recipe, make_recipe
 from livemoments import main
 from models.graphs import Graph as Exported
 from stream.detector import make_query
-from stream.ingest import open_source
 from stream.moments import MomentOptions
 from stream.session import Session
-from stream.sources import parse_source
 from stream.types import NS, Frame, Kind
-from tests.conftest import Export
+from tests.conftest import Export, one_weight_off
+from tests.media import frames_of
 from tests.test_clip import TINY
 
 pytestmark = [
@@ -130,14 +129,6 @@ class TorchRuntime:
 Told = tuple[list[float], list[tuple[float, float]]]
 
 
-def pictures(video: Path) -> list[Frame]:
-    source = open_source(parse_source(str(video)), hop_ns=NS, pace="max")
-    try:
-        return [item for item in source if isinstance(item, Frame)]
-    finally:
-        source.close()
-
-
 def watch(engine: Engine, frames: Sequence[Frame], query: str) -> Told:
     """The score of every window, and start and end of what is told, in seconds."""
     session = Session(engine, "v", NS, MomentOptions(), recorded=True)
@@ -162,7 +153,7 @@ def test_every_cpu_bundle_tells_the_moments_of_torch(
         patch.setattr("kernels.engine._runtime", lambda _folder, manifest, _threads: TorchRuntime(recipe, manifest))
         reference = Engine(tmp_path / "fp32")
     for stream in streams:
-        frames = pictures(shared_data / "clips" / f"{stream['vid']}.mp4")
+        frames = list(frames_of(shared_data / "clips" / f"{stream['vid']}.mp4"))
         scores, moments = watch(reference, frames, stream["query"])
         close = [hop for hop, score in enumerate(scores) if abs(score - MomentOptions().threshold) < 0.005]
         assert len(moments) >= 3 and len(close) <= 1, "or there is nothing to agree on"
@@ -185,14 +176,7 @@ def test_a_clip_is_served_by_the_command(plain: Path, capsys: pytest.CaptureFixt
 
 def one_weight(graph: Exported, export: Export) -> onnx.ModelProto:
     """The export, in which one number of the image tower is another."""
-    model = onnx.ModelProto()
-    model.CopyFrom(export(graph))
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith("post_layernorm.bias"):
-            values = numpy_helper.to_array(tensor).copy()
-            values[3] += 10
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    return model
+    return one_weight_off(export(graph), "post_layernorm.bias", 3, 10)
 
 
 class Turned(nn.Module):

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,11 +24,9 @@ from kernels.onnx_runtime import Graph
 from kernels.preprocess import crop
 from models.backbone import Backbone, load_backbone
 from stream.detector import Detector
-from stream.ingest import open_source
-from stream.sources import parse_source
-from stream.types import NS, Frame
+from stream.types import NS
 from stream.window import Windower
-from tests.media import Decoded, decode, truncate, write_audio, write_video
+from tests.media import Decoded, decode, frames_of, truncate, write_audio, write_video
 from tests.test_clip import TINY, publish
 from trainer import extract
 from trainer.annotated import load_annotated
@@ -98,15 +95,6 @@ def test_a_window_is_the_mean_of_the_frames_nearest_the_middles_of_its_hops(
         np.testing.assert_allclose(found["layers"][t], layers.numpy(), rtol=2e-3, atol=2e-3)
 
 
-def opened(path: Path, hop_ns: int) -> Iterator[Frame]:
-    """The frames that `livemoments run` looks at."""
-    source = open_source(parse_source(str(path)), hop_ns=hop_ns, pace="max")
-    try:
-        yield from (item for item in source if isinstance(item, Frame))
-    finally:
-        source.close()
-
-
 class EngineTower(torch.nn.Module):
     """The embedded engine in the place of a backbone's image tower: lite's own takes half a minute to make."""
 
@@ -128,7 +116,7 @@ def test_features_are_those_of_the_live_detector(tmp_path: Path, clip: Path) -> 
     backbone = replace(load_backbone(str(clip), 2), image=EngineTower())
     for path in (steady, gap):
         windower, detector = Windower("live", hop_ns), Detector(engine, "live", hop_ns)
-        windows = [window for frame in opened(path, hop_ns) for window in windower.push(frame)] + windower.drain()
+        windows = [window for frame in frames_of(path, hop_ns) for window in windower.push(frame)] + windower.drain()
         seen = list(watch(path, hop_ns, **sizes))
         assert [window.index for window in seen] == [window.index for window in windows]
         assert [window.discontinuity for window in seen] == [window.discontinuity for window in windows]
@@ -160,7 +148,7 @@ def test_colours_without_a_tag_are_those_of_the_live_path(tmp_path: Path, size: 
         for _ in range(30):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    live = next(iter(opened(path, NS))).pixels[100, 100].astype(int)
+    live = next(iter(frames_of(path, NS))).pixels[100, 100].astype(int)
     own = next(iter(watch(path, NS, resize=64, size=64))).frames[0].pixels[20, 20].astype(int)
     assert np.abs(live - own).max() <= 3
 
@@ -197,7 +185,7 @@ def turn(path: Path) -> Path:
 
 def test_a_rotated_video_is_seen_upright_as_live(tmp_path: Path) -> None:
     path = turn(write_video(tmp_path / "a.mp4", frames=60, size=(96, 64)))
-    upright = next(opened(path, NS)).pixels
+    upright = next(frames_of(path, NS)).pixels
     assert upright.shape == (96, 64, 3)
     seen = next(watch(path, NS, resize=64, size=64)).frames[0].pixels
     np.testing.assert_allclose(seen.astype(int), crop(upright, resize=64, size=64).astype(int), atol=8)

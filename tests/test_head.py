@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 
 from kernels import build
 from kernels.engine import Engine, Images
@@ -34,6 +33,7 @@ from stream.run import play
 from stream.session import Session
 from stream.sources import parse_source
 from stream.types import NS, Frame
+from tests.conftest import Export, one_weight_off
 from tests.media import write_video
 from tests.test_session import frame
 
@@ -116,19 +116,10 @@ def test_a_bundle_says_what_its_head_is_and_was_checked_on_every_output(built: B
 
 
 def test_a_head_with_one_wrong_weight_is_refused_and_leaves_no_bundle(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Built, export_once: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported = build.export_graph
-
     def spoilt(graph: Graph) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        model.CopyFrom(exported(graph))
-        for bias in model.graph.initializer:
-            if bias.name.endswith("layer.contract.bias"):
-                values = numpy_helper.to_array(bias).copy()
-                values[0] += 2
-                bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-        return model
+        return one_weight_off(export_once(graph), "layer.contract.bias", 0, 2)
 
     monkeypatch.setattr("kernels.build.export_graph", spoilt)
     with pytest.raises(BundleError, match=r"head\.\w+ does not agree with torch"):

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from itertools import pairwise
@@ -281,8 +281,9 @@ def test_a_killed_service_goes_on_where_it_was(kills: int, tmp_path: Path) -> No
             until(lambda: of([event for event in messages(seen) if run_of(event) not in ended], "opened"))
             time.sleep(0.37 * (kill % 4))
             service.kill()
-            ended.update(run_of(json.loads(payload)) for payload in stored(tmp_path / "events.db"))
-            open_now = still_open(tmp_path / "events.db")
+            told = [json.loads(payload) for payload in stored(tmp_path / "events.db")]
+            ended.update(map(run_of, told))
+            open_now = still_open(told)
             assert open_now
             service = Service(tmp_path, text)
             for stream, moment in open_now:
@@ -303,9 +304,8 @@ def run_of(event: dict[str, Any]) -> str:
     return run
 
 
-def still_open(log: Path) -> set[tuple[str, str]]:
-    """Streams and moments that a log tells to be open. Two streams may have begun one at the same instant."""
-    told = [json.loads(payload) for payload in stored(log)]
+def still_open(told: Sequence[dict[str, Any]]) -> set[tuple[str, str]]:
+    """Streams and moments that events tell to be open. Two streams may have begun one at the same instant."""
     opened, closed = ({(data["stream"], data["moment_id"]) for data in of(told, kind)} for kind in ("opened", "closed"))
     return opened - closed
 
